@@ -1,0 +1,91 @@
+"""The Domino head: a GRU over the tokens drafted so far and a low-rank residual on the base logits.
+
+    logits_k = b_k + up^T silu(down^T [z_k ; s])
+
+`z_k` is the backbone's state of the slot, `s` the GRU's state after the anchor and every token before the slot's
+label. Everything else of a drafter runs for the whole block at once; only this is sequential.
+
+Source: Domino, arXiv 2605.29707; `code/dflash.py` of jianuo-huang/Domino for gate order and concatenation order.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import DraftConfig
+from domino_jax.models.draft_backbone import init_backbone_params
+from domino_jax.models.layers import INIT_STDDEV
+from domino_jax.shapes import Array, Float, Params
+
+
+class DominoHead(nn.Module):
+    """GRU cell (gates r, z, n; no biases) and rank-E correction.
+
+    Attributes:
+        dtype: type of the activations; parameters are cast to it where they are used.
+    """
+
+    config: DraftConfig
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        c = self.config
+        width, gru, rank = c.hidden_size, c.gru_hidden_dim, c.emb_dim
+        uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.gru_input = self.param("gru_input", uniform, (width, 3 * gru))
+        self.gru_hidden = self.param("gru_hidden", uniform, (gru, 3 * gru))
+        self.down = self.param("down", uniform, (width + gru, rank))
+        self.up = self.param("up", nn.initializers.normal(INIT_STDDEV), (rank, c.vocab_size))
+
+    def init_state(self, batch_shape: tuple[int, ...]) -> Float[Array, "*batch R"]:
+        """Return the GRU's start state, 0."""
+        return jnp.zeros((*batch_shape, self.config.gru_hidden_dim), self.dtype)
+
+    def step(self, state: Float[Array, "*batch R"], embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch R"]:
+        """Return the GRU's state after reading one more token embedding."""
+        return self._update(state, embedding.astype(self.dtype) @ self.gru_input.astype(self.dtype))
+
+    def _update(self, state: Array, input_gates: Array) -> Array:
+        reset_in, update_in, new_in = jnp.split(input_gates, 3, axis=-1)
+        reset_state, update_state, new_state = jnp.split(state @ self.gru_hidden.astype(self.dtype), 3, axis=-1)
+        reset = jax.nn.sigmoid(reset_in + reset_state)
+        update = jax.nn.sigmoid(update_in + update_state)
+        return (1 - update) * jnp.tanh(new_in + reset * new_state) + update * state
+
+    def teacher_states(self, embeddings: Float[Array, "*batch T D"]) -> Float[Array, "*batch T R"]:
+        """Return the state after each of T given tokens."""
+        input_gates = embeddings.astype(self.dtype) @ self.gru_input.astype(self.dtype)
+        states, state = [], self.init_state(embeddings.shape[:-2])
+        for t in range(embeddings.shape[-2]):
+            state = self._update(state, input_gates[..., t, :])
+            states.append(state)
+        return jnp.stack(states, axis=-2)
+
+    def project_hidden(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
+        """Return the part of the correction's inner product that depends on the slot's state alone."""
+        return hidden.astype(self.dtype) @ self.down[: self.config.hidden_size].astype(self.dtype)
+
+    def correct_projected(
+        self, projected: Float[Array, "*batch E"], state: Float[Array, "*batch R"]
+    ) -> Float[Array, "*batch V"]:
+        """Return the float32 residual on the base logits from `project_hidden`'s result and a GRU state."""
+        inner = jax.nn.silu(projected + state @ self.down[self.config.hidden_size :].astype(self.dtype))
+        return jnp.matmul(inner, self.up.astype(self.dtype), preferred_element_type=jnp.float32)
+
+    def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:
+        """Return the float32 residual on the base logits of slots with states `hidden`."""
+        return self.correct_projected(self.project_hidden(hidden), state)
+
+    def _touch_all(self, hidden: Array) -> Array:
+        return self.correct(hidden, self.step(self.init_state(hidden.shape[:-1]), hidden))
+
+
+def init_draft_params(config: DraftConfig, key: Array) -> Params:
+    """Return freshly drawn float32 drafter parameters: `backbone`, and `head` where the drafter has one."""
+    backbone_key, head_key = jax.random.split(key)
+    params = {"backbone": init_backbone_params(config, backbone_key)}
+    if config.has_head:
+        hidden = jnp.zeros((1, config.hidden_size))
+        params["head"] = DominoHead(config).init(head_key, hidden, method="_touch_all")["params"]
+    return params

@@ -1,0 +1,87 @@
+"""The decoder layer that target and draft share: RMSNorm, grouped-query attention with q/k-norm, SwiGLU.
+
+Parameters are plain arrays; linear weights are `[in, out]`. A layer offers its parts
+(queries, keys and values, output, MLP) so that target and drafter can put their own attention between them.
+
+Source: Hugging Face `Qwen3DecoderLayer`.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from domino_jax.ops.attention import apply_rope
+from domino_jax.shapes import Array, Float, Int
+
+INIT_STDDEV = 0.02
+"""Standard deviation of freshly drawn weights. Source: `initializer_range` of the public Qwen3 configs."""
+
+
+def rms_norm(x: Float[Array, "*batch D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*batch D"]:
+    """Scale `x` to unit root mean square, then by `weight`; the mean is taken in float32."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * weight.astype(x.dtype)
+
+
+class DecoderLayer(nn.Module):
+    """One Qwen3 decoder layer in parts.
+
+    Attributes:
+        residual_scale: factor on the initial spread of the two output projections (1 / sqrt(2 x layers) keeps the
+            residual stream's size independent of depth).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    residual_scale: float = 1.0
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        width, head_dim = self.hidden_size, self.head_dim
+        query_width, kv_width = self.num_attention_heads * head_dim, self.num_key_value_heads * head_dim
+        normal = nn.initializers.normal(INIT_STDDEV)
+        output = nn.initializers.normal(INIT_STDDEV * self.residual_scale)
+        ones = nn.initializers.ones
+        self.input_layernorm = self.param("input_layernorm", ones, (width,))
+        self.q_proj = self.param("q_proj", normal, (width, query_width))
+        self.k_proj = self.param("k_proj", normal, (width, kv_width))
+        self.v_proj = self.param("v_proj", normal, (width, kv_width))
+        self.o_proj = self.param("o_proj", output, (query_width, width))
+        self.q_norm = self.param("q_norm", ones, (head_dim,))
+        self.k_norm = self.param("k_norm", ones, (head_dim,))
+        self.post_attention_layernorm = self.param("post_attention_layernorm", ones, (width,))
+        self.gate_proj = self.param("gate_proj", normal, (width, self.intermediate_size))
+        self.up_proj = self.param("up_proj", normal, (width, self.intermediate_size))
+        self.down_proj = self.param("down_proj", output, (self.intermediate_size, width))
+
+    def normed_input(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        """Return `x` as the attention projections read it."""
+        return rms_norm(x, self.input_layernorm, self.rms_norm_eps)
+
+    def queries(self, normed: Float[Array, "*batch T D"], positions: Int[Array, "*batch T"]) -> Float[Array, "..."]:
+        """Return rotated queries `[..., T, N, H]` of normed states."""
+        heads = (normed @ self.q_proj.astype(self.dtype)).reshape(*normed.shape[:-1], -1, self.head_dim)
+        return apply_rope(rms_norm(heads, self.q_norm, self.rms_norm_eps), positions, self.rope_theta)
+
+    def keys_values(
+        self, states: Float[Array, "*batch T D"], positions: Int[Array, "*batch T"]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """Return rotated keys and values, each `[..., T, K, H]`, of states that need no further norm."""
+        shape = (*states.shape[:-1], -1, self.head_dim)
+        keys = (states @ self.k_proj.astype(self.dtype)).reshape(shape)
+        keys = apply_rope(rms_norm(keys, self.k_norm, self.rms_norm_eps), positions, self.rope_theta)
+        return keys, (states @ self.v_proj.astype(self.dtype)).reshape(shape)
+
+    def finish(self, x: Float[Array, "*batch T D"], mixed: Float[Array, "*batch T N H"]) -> Float[Array, "..."]:
+        """Return the layer's output `[..., T, D]` from its input and the attention's result."""
+        x = x + mixed.reshape(*mixed.shape[:-2], -1) @ self.o_proj.astype(self.dtype)
+        normed = rms_norm(x, self.post_attention_layernorm, self.rms_norm_eps)
+        gate = jax.nn.silu(normed @ self.gate_proj.astype(self.dtype))
+        return x + (gate * (normed @ self.up_proj.astype(self.dtype))) @ self.down_proj.astype(self.dtype)

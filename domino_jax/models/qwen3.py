@@ -1,0 +1,156 @@
+"""The target: a dense Qwen3 decoder that returns hidden states and captured context features.
+
+One forward serves training and scoring (`__call__`, whole sequences, no cache) and prefill, verification and plain
+decoding (`forward_cached`). The vocabulary projection is a separate method, so that a prefill pays for one position.
+
+Source: Hugging Face `Qwen3ForCausalLM`; features as in Domino, arXiv 2605.29707 (residual stream after a layer).
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import TargetConfig
+from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, rms_norm
+from domino_jax.ops.attention import attend
+from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
+from domino_jax.shapes import Array, Bool, Float, Int, Params
+
+
+@flax.struct.dataclass
+class TargetOutput:
+    """What a target forward returns.
+
+    Attributes:
+        hidden: states after the final norm; `Qwen3.logits` maps them to the vocabulary.
+        features: residual streams after the captured layers, side by side in the order asked for; width 0 for none.
+        cache: the written cache; None for a forward without one.
+    """
+
+    hidden: Float[Array, "B T D"]
+    features: Float[Array, "B T CD"]
+    cache: KVCache | None
+
+
+def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+    """Return float32 logits; shared by the target and by every drafter that borrows its head."""
+    return jax.lax.dot_general(
+        hidden,
+        head.astype(hidden.dtype),
+        (((hidden.ndim - 1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+class Qwen3(nn.Module):
+    """Dense Qwen3.
+
+    Attributes:
+        capture_layers: 0-based layers whose output becomes a context feature.
+        dtype: type of the activations; parameters are cast to it where they are used.
+    """
+
+    config: TargetConfig
+    capture_layers: tuple[int, ...] = ()
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self) -> None:
+        """Declare the parameters."""
+        c = self.config
+        normal = nn.initializers.normal(INIT_STDDEV)
+        self.embed_tokens = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size))
+        self.layers = [
+            DecoderLayer(
+                c.hidden_size,
+                c.intermediate_size,
+                c.num_attention_heads,
+                c.num_key_value_heads,
+                c.head_dim,
+                c.rms_norm_eps,
+                c.rope_theta,
+                residual_scale=(2 * c.num_hidden_layers) ** -0.5,
+                dtype=self.dtype,
+            )
+            for _ in range(c.num_hidden_layers)
+        ]
+        self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
+        if not c.tie_word_embeddings:
+            self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size))
+
+    def __call__(
+        self,
+        token_ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"] | None = None,
+        attend_mask: Bool[Array, "B T T"] | None = None,
+    ) -> TargetOutput:
+        """Run whole sequences; positions default to 0 .. T-1 and the mask to causal attention."""
+        batch, length = token_ids.shape
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
+        if attend_mask is None:
+            attend_mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+        x = self.embed(token_ids)
+        captured = {}
+        for i, layer in enumerate(self.layers):
+            normed = layer.normed_input(x)
+            keys, values = layer.keys_values(normed, positions)
+            mixed = attend(
+                layer.queries(normed, positions),
+                keys.transpose(0, 2, 3, 1),
+                values.transpose(0, 2, 1, 3),
+                attend_mask,
+            )
+            x = layer.finish(x, mixed)
+            captured[i] = x
+        return self._output(x, captured, None)
+
+    def forward_cached(
+        self, token_ids: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache
+    ) -> TargetOutput:
+        """Run T tokens at positions `start ..`, writing their keys and values there; `start + T` must fit the cache.
+
+        A token sees every cache position up to its own, so what lies at later positions never matters.
+        """
+        positions = start[:, None] + jnp.arange(token_ids.shape[1])
+        attend_mask = jnp.arange(cache.num_positions) <= positions[..., None]
+        x = self.embed(token_ids)
+        captured = {}
+        for i, layer in enumerate(self.layers):
+            normed = layer.normed_input(x)
+            keys, values = layer.keys_values(normed, positions)
+            cache = write_layer(cache, i, keys, values, start)
+            mixed = attend(layer.queries(normed, positions), cache.keys[i], cache.values[i], attend_mask)
+            x = layer.finish(x, mixed)
+            captured[i] = x
+        return self._output(x, captured, cache)
+
+    def embed(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """Return token embeddings in the activation type."""
+        return self.embed_tokens.astype(self.dtype)[token_ids]
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Return float32 logits of states after the final norm."""
+        return project_to_vocabulary(hidden, self.embed_tokens if self.config.tie_word_embeddings else self.lm_head)
+
+    def _output(self, x: Array, captured: dict[int, Array], cache: KVCache | None) -> TargetOutput:
+        features = [captured[i] for i in self.capture_layers]
+        stacked = jnp.concatenate(features, axis=-1) if features else jnp.zeros((*x.shape[:-1], 0), x.dtype)
+        return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), stacked, cache)
+
+
+def head_weight(params: Params) -> Float[Array, "V D"]:
+    """Return the output head of target parameters: `lm_head`, or the embedding where the two are tied."""
+    return params["lm_head"] if "lm_head" in params else params["embed_tokens"]
+
+
+def init_target_params(config: TargetConfig, key: Array) -> Params:
+    """Return freshly drawn float32 target parameters."""
+    return Qwen3(config).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def init_target_cache(config: TargetConfig, batch: int, num_positions: int, dtype: jnp.dtype) -> KVCache:
+    """Return an empty cache for `batch` rows."""
+    return init_cache(
+        config.num_hidden_layers, batch, config.num_key_value_heads, config.head_dim, num_positions, dtype
+    )

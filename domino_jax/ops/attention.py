@@ -1,0 +1,85 @@
+"""Rotary positions and grouped-query attention.
+
+Queries of one key/value head are the rows of one matrix product, and cached keys
+lie transposed (`[B, K, H, S]`): on CPU this is several times faster than a product
+a query head, and on accelerators it is what the matrix unit wants anyway.
+Sums of scores and the softmax are done in float32 whatever the inputs are.
+
+Source: RoPE (arXiv 2104.09864) in the half-split form of Hugging Face Qwen3; GQA (arXiv 2305.13245).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.shapes import Array, Bool, Float, Int
+
+_MASKED_SCORE = -1e30
+
+
+def apply_rope(
+    x: Float[Array, "*batch T heads H"], positions: Int[Array, "*batch T"], rope_theta: float
+) -> Float[Array, "*batch T heads H"]:
+    """Rotate `x` by its absolute positions; angles are computed in float32."""
+    half = x.shape[-1] // 2
+    frequencies = rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def attend(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B K H S"],
+    values: Float[Array, "B K S H"],
+    attend_mask: Bool[Array, "B T S"],
+) -> Float[Array, "B T N H"]:
+    """Return grouped-query attention; `attend_mask` True means that query t may see position s.
+
+    A query that may see nothing gets the mean of all values: finite, and of weight 0 wherever it can occur.
+    """
+    batch, num_queries, num_heads, head_dim = queries.shape
+    num_kv = keys.shape[1]
+    groups = num_heads // num_kv
+    grouped = queries.reshape(batch, num_queries, num_kv, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    rows = grouped.reshape(batch, num_kv, groups * num_queries, head_dim)
+    scores = jnp.einsum("bkqh,bkhs->bkqs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = scores.reshape(batch, num_kv, groups, num_queries, -1)
+    scores = jnp.where(attend_mask[:, None, None], scores, _MASKED_SCORE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    weights = weights.reshape(batch, num_kv, groups * num_queries, -1)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights, values)
+    mixed = mixed.reshape(batch, num_kv, groups, num_queries, head_dim)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, head_dim)
+
+
+def attend_blocks(
+    queries: Float[Array, "B A P N H"],
+    context_keys: Float[Array, "B K H S"],
+    context_values: Float[Array, "B K S H"],
+    block_keys: Float[Array, "B A P K H"],
+    block_values: Float[Array, "B A P K H"],
+    anchor_pos: Int[Array, "B A"],
+) -> Float[Array, "B A P N H"]:
+    """Return attention of many draft blocks of a sequence at once.
+
+    A query of block a sees the context positions before `anchor_pos[a]` and all of its own block, nothing else;
+    one softmax runs over both parts, and no score between two blocks is ever computed.
+
+    Source: Domino, arXiv 2605.29707, training attention mask.
+    """
+    batch, num_anchors, block, num_heads, head_dim = queries.shape
+    num_kv = context_keys.shape[1]
+    groups = num_heads // num_kv
+    scale = head_dim**-0.5
+    grouped = queries.reshape(batch, num_anchors, block, num_kv, groups, head_dim).transpose(0, 3, 4, 1, 2, 5)
+    context_scores = jnp.einsum("bkgaph,bkhs->bkgaps", grouped, context_keys, preferred_element_type=jnp.float32)
+    is_before = jnp.arange(context_keys.shape[-1]) < anchor_pos[..., None]
+    context_scores = jnp.where(is_before[:, None, None, :, None], context_scores * scale, _MASKED_SCORE)
+    block_scores = jnp.einsum("bkgaph,baqkh->bkgapq", grouped, block_keys, preferred_element_type=jnp.float32) * scale
+    weights = jax.nn.softmax(jnp.concatenate([context_scores, block_scores], axis=-1), axis=-1)
+    context_weights, block_weights = jnp.split(weights.astype(queries.dtype), [context_keys.shape[-1]], axis=-1)
+    mixed = jnp.einsum("bkgaps,bksh->bkgaph", context_weights, context_values)
+    mixed = mixed + jnp.einsum("bkgapq,baqkh->bkgaph", block_weights, block_values)
+    return mixed.transpose(0, 3, 4, 1, 2, 5).reshape(queries.shape)

@@ -1,0 +1,65 @@
+"""Key/value caches of static size, one pair of arrays a layer.
+
+A cache holds no lengths: which positions count is decided by the caller's
+committed length, so a rejected entry is overwritten later and never erased.
+Layers are separate arrays in tuples because a stacked cache is copied by `scan`.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from domino_jax.shapes import Array, Float, Int
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys and values of every layer at every position.
+
+    Attributes:
+        keys: one array a layer, after k-norm and RoPE, transposed for the score product.
+        values: one array a layer.
+    """
+
+    keys: tuple[Float[Array, "B K H S"], ...]
+    values: tuple[Float[Array, "B K S H"], ...]
+
+    @property
+    def num_positions(self) -> int:
+        """Positions a row can hold."""
+        return self.keys[0].shape[-1]
+
+
+def init_cache(
+    num_layers: int, batch: int, num_kv_heads: int, head_dim: int, num_positions: int, dtype: jnp.dtype
+) -> KVCache:
+    """Return an empty cache."""
+    keys = tuple(jnp.zeros((batch, num_kv_heads, head_dim, num_positions), dtype) for _ in range(num_layers))
+    values = tuple(jnp.zeros((batch, num_kv_heads, num_positions, head_dim), dtype) for _ in range(num_layers))
+    return KVCache(keys, values)
+
+
+def write_layer(
+    cache: KVCache,
+    layer: int,
+    keys: Float[Array, "B T K H"],
+    values: Float[Array, "B T K H"],
+    start: Int[Array, " B"],
+) -> KVCache:
+    """Write T positions of one layer at each row's own `start`.
+
+    The caller keeps `start + T` within the cache: a slice that would leave it is moved back by XLA and would
+    overwrite older entries.
+    """
+    new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)
+    new_values = values.transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
+    written_keys = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at)))(
+        cache.keys[layer], new_keys, start
+    )
+    written_values = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))(
+        cache.values[layer], new_values, start
+    )
+    return KVCache(
+        keys=cache.keys[:layer] + (written_keys,) + cache.keys[layer + 1 :],
+        values=cache.values[:layer] + (written_values,) + cache.values[layer + 1 :],
+    )
