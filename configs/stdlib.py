@@ -1,0 +1,68 @@
+"""The long variant: signature and docstring -> body on the whole standard library, offline.
+
+Method: Domino, arXiv 2605.29707, the published recipe scaled down.
+Command: python train.py --config configs/stdlib.py
+Takes: about an hour on a CPU, minutes on a GPU.
+Why these values:
+  - free code needs a wider target, a larger vocabulary and longer sequences than the rewrites of tiny.py;
+  - two draft layers read two target layers by the default rule, as the published drafters read five;
+  - the drafter learns from answers that the target wrote itself to every training prompt.
+"""
+
+from domino_jax.config import (
+    CorpusConfig,
+    DataConfig,
+    DraftSettings,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from domino_jax.config_flags import choose_variant
+
+
+def get_config(variant: str = "") -> RunConfig:
+    """Return the run; there are no variants."""
+    choose_variant(variant, ())
+    corpus = CorpusConfig(
+        task="bodies",
+        num_train_chats=20000,
+        num_draft_chats=0,
+        num_eval_chats=200,
+        max_length=384,
+        vocab_size=4096,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        target_batch_size=16,
+        target_steps=6000,
+        target_learning_rate=1e-3,
+        response_batch_size=64,
+        response_max_new_tokens=192,
+    )
+    return RunConfig(
+        name="stdlib",
+        corpus=corpus,
+        draft=DraftSettings(
+            num_hidden_layers=2,
+            block_size=16,
+            shift_label=True,
+            pure_draft_prefix_len=1,
+            gru_hidden_dim=256,
+            emb_dim=128,
+        ),
+        data=DataConfig(max_length=corpus.max_length, batch_size=16),
+        objective=ObjectiveConfig(num_anchors=64, loss_decay_gamma=7.0, head_chunk=32),
+        optimizer=OptimizerConfig(learning_rate=6e-4, warmup_ratio=0.04, clip_norm=1.0),
+        train=TrainConfig(
+            num_epochs=6.0,
+            log_every=20,
+            checkpoint_every=500,
+            eval_every=500,
+            eval_prompts=32,
+            eval_max_new_tokens=corpus.response_max_new_tokens,
+        ),
+    )
