@@ -267,9 +267,7 @@ class DraftSettings:
         Raises:
             ConfigError: the resulting drafter is not valid for the target.
         """
-        layer_ids = self.target_layer_ids or default_target_layer_ids(
-            target.num_hidden_layers, self.num_hidden_layers
-        )
+        layer_ids = self.target_layer_ids or default_target_layer_ids(target.num_hidden_layers, self.num_hidden_layers)
         return DraftConfig(
             vocab_size=target.vocab_size,
             hidden_size=target.hidden_size,
@@ -401,7 +399,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _require_positive(
-            self, "log_every", "checkpoint_every", "keep_checkpoints", "eval_every", "eval_prompts", "eval_max_new_tokens"
+            self,
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "eval_every",
+            "eval_prompts",
+            "eval_max_new_tokens",
         )
         _require(self.num_steps >= 0, f"num_steps is {self.num_steps}; use 0 to train by epochs")
         _require(
@@ -518,6 +522,8 @@ def from_json_dict(config_type: type[_T], values: dict[str, Any], path: str = ""
         arguments[name] = _convert(hints[name], value, where)
     try:
         return config_type(**arguments)
+    except ConfigError as error:
+        raise ConfigError(f"{path.rstrip('.')}: {error}" if path else str(error)) from error
     except TypeError as error:
         raise ConfigError(f"{config_type.__name__} at {path or 'top level'}: {error}") from error
 

@@ -9,7 +9,6 @@ mistake into one line. It knows nothing about what a run does with its configura
 Source: the `--config=file.py:arguments` convention of ml_collections `config_flags` and big_vision.
 """
 
-import ast
 import dataclasses
 import importlib.util
 import inspect
@@ -20,8 +19,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -85,7 +85,7 @@ def parse_command_line(argv: Sequence[str], extra_flags: Mapping[str, ExtraFlag]
     try:
         positional = flag_values(program)[1:]
     except flags.Error as error:
-        raise ConfigError(_one_line(error)) from error
+        raise ConfigError(_explain(error, remaining)) from error
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{_one_line(error)} (in {' '.join(remaining)})") from error
     if positional:
@@ -261,16 +261,17 @@ def _check_flag_name(argument: str, paths: list[str], extras: list[str]) -> None
 
 
 def _near_paths(name: str, paths: list[str]) -> str:
-    """Name near leaves: of the same group first, then those whose last part alone is near."""
-    group = [path for path in paths if path.rpartition(".")[0] == name.rpartition(".")[0]]
-    last = {path.rpartition(".")[2]: path for path in paths}
-    same = near_names(name.rpartition(".")[2], list(last))
-    if group and "known names" not in (text := near_names(name, group)):
-        return text.replace("config.", "")
-    if "known names" not in same:
-        near = same.removeprefix("; did you mean ").removesuffix("?").split(" or ")
-        return f"; did you mean {' or '.join(last[part].removeprefix('config.') for part in near)}?"
-    return near_names(name, group or paths).replace("config.", "")
+    """Return the leaves whose whole path or last part is close to `name`, or those of its group."""
+    name, leaves = name.removeprefix("config."), [path.removeprefix("config.") for path in paths]
+
+    def similarity(path: str) -> float:
+        last, wanted = path.rpartition(".")[2], name.rpartition(".")[2]
+        whole = SequenceMatcher(None, name, path).ratio()
+        return 0.6 * SequenceMatcher(None, wanted, last).ratio() + 0.4 * whole
+
+    near = [path for path in sorted(leaves, key=similarity, reverse=True)[:3] if similarity(path) >= 0.6]
+    group = [path for path in leaves if path.rpartition(".")[0] == name.rpartition(".")[0]]
+    return f"; did you mean {' or '.join(near)}?" if near else f"; known names: {', '.join(group or leaves)}"
 
 
 def _is_number(text: str) -> bool:
@@ -314,6 +315,18 @@ def _define_extra(name: str, extra: ExtraFlag, flag_values: flags.FlagValues) ->
         str: flags.DEFINE_string,
     }
     kinds[type(extra.default)](name, extra.default, extra.help, flag_values=flag_values)
+
+
+def _explain(error: flags.Error, arguments: list[str]) -> str:
+    """Say which value was refused and what it must be, where absl only passes on Python's complaint."""
+    text = _one_line(error)
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.lstrip("-").partition("=")
+        value = value if equals else (arguments + [""])[index + 1]
+        if name.startswith("config.") and text.startswith(f"flag --{name}={value}:"):
+            path = name.removeprefix("config.")
+            return f"{path} is {value!r}; it must be {getattr(_hint_at(path), '__name__', _hint_at(path))}"
+    return text
 
 
 def _one_line(error: Exception) -> str:
