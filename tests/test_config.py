@@ -80,7 +80,9 @@ def test_bad_target_is_refused_by_name(changes, named):
         tiny_target(**changes)
 
 
-@pytest.mark.parametrize("changes", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 2.0}, {"top_k": -1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "changes", [{"temperature": -1.0}, {"top_p": 0.0}, {"min_p": 2.0}, {"top_k": -1}, {"seed": -1}]
+)
 def test_bad_sampling_is_refused(changes):
     with pytest.raises(ConfigError, match=next(iter(changes))):
         SamplingConfig(**changes)

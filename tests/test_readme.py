@@ -1,0 +1,86 @@
+"""The README's commands and paths exist and parse; `.ci/run` reads the commands from there."""
+
+import re
+import shlex
+import subprocess
+import tomllib
+
+import pytest
+
+from domino_jax.config_flags import parse_config
+
+VOCABULARY = (
+    "target draft anchor block slot context round accepted bonus committed base_logits corrected_logits base_weight tau"
+).split()
+
+
+@pytest.fixture(scope="module")
+def readme(repository):
+    return (repository / "README.md").read_text(encoding="utf-8")
+
+
+def shell_commands(readme):
+    blocks = re.findall(r"^ *```bash\n(.*?)^ *```", readme, flags=re.DOTALL | re.MULTILINE)
+    return [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+
+
+def marked_command(readme, mark):
+    (block,) = re.findall(rf"^<!-- ci:{mark} -->\n```bash\n(.*?)\n```", readme, flags=re.DOTALL | re.MULTILINE)
+    return block
+
+
+def test_the_two_commands(readme):
+    assert marked_command(readme, "main") == "pip install -e . && python train.py --config configs/tiny.py"
+    assert marked_command(readme, "tests") == 'pip install -e ".[dev]" && pytest'
+
+
+def test_ci_reads_both_commands(repository):
+    script = (repository / ".ci" / "run").read_text(encoding="utf-8")
+    assert 'run_readme "$work/venv311" main' in script and 'run_readme "$work/venv311" tests' in script
+    assert "train.py" not in script
+    subprocess.run(["bash", "-n", str(repository / ".ci" / "run")], check=True)
+
+
+def test_programs_of_the_commands_exist(repository, readme):
+    programs = {word for command in shell_commands(readme) for word in shlex.split(command) if word.endswith(".py")}
+    assert {"train.py", "bench.py", "configs/tiny.py"} <= programs
+    assert [program for program in programs if not (repository / program).is_file()] == []
+
+
+def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
+    monkeypatch.chdir(repository)
+    commands = [c for c in shell_commands(readme) if c.startswith("python train.py") and "--help" not in c]
+    assert len(commands) >= 4
+    for command in commands:
+        assert parse_config(shlex.split(command)[2:]).name
+
+
+def test_paths_in_the_text_exist(repository, readme):
+    paths = set(re.findall(r"`((?:domino_jax|configs|scripts|tests|docs|benchmarks|\.ci)/[\w./]*)", readme))
+    paths |= set(re.findall(r"\]\((?!http)([^)#]+)\)", readme))
+    assert [path for path in sorted(paths) if not (repository / path).exists()] == []
+
+
+def test_python_example_names_what_exists(readme):
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    imports = [line for line in example.splitlines() if line.startswith("from ")]
+    assert len(imports) == 3
+    exec("\n".join(imports), {})  # raises ImportError when a name has moved
+    compile(example, "README.md", "exec")
+
+
+def test_vocabulary_is_complete(readme):
+    table = readme.partition("## Vocabulary")[2].partition("\n## ")[0]
+    words = re.findall(r"^\| ([\w ]+?) \|", table, flags=re.MULTILINE)
+    assert words[1:] == [word.replace("_", " ") for word in VOCABULARY]
+
+
+def test_licence_is_apache(repository):
+    text = (repository / "LICENSE").read_text(encoding="utf-8")
+    assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_extras_are_declared(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert {"cuda12", "tpu", "serve", "eval", "dev"} <= set(project["optional-dependencies"])
+    assert not any("[" in requirement.partition(";")[0] for requirement in project["dependencies"])
