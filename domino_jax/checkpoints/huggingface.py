@@ -1,0 +1,318 @@
+"""Hugging Face directories <-> parameter trees of the target and the drafter.
+
+In: a local directory or a hub id. Out: a frozen config and a pytree of jax arrays in this package's names; and back.
+One table a model pairs public tensor names with paths of the tree and is read both ways. Linear weights are turned
+(`[out, in]` in files, `[in, out]` here), tensor by tensor: host memory stays near one tensor above the parameters.
+
+Source: tensor names of Hugging Face `Qwen3ForCausalLM` and of the public `DominoDraftModel` / `DFlashDraftModel`.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from domino_jax.checkpoints.config_json import (
+    parse_draft_config,
+    parse_target_config,
+    write_draft_config,
+    write_target_config,
+)
+from domino_jax.checkpoints.safetensors_io import (
+    MAX_SHARD_BYTES,
+    CheckpointError,
+    TensorFiles,
+    parse_float_type,
+    read_json_object,
+    write_json,
+    write_tensors,
+)
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.shapes import Params
+
+CONFIG_FILE = "config.json"
+_HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.jinja"]
+_IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """One row of a name table.
+
+    Attributes:
+        public: name in the file.
+        path: keys from the root of the parameter tree.
+        shape: shape in the file.
+        is_turned: the file holds `[out, in]`, the tree `[in, out]`.
+    """
+
+    public: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    is_turned: bool = False
+
+
+@dataclass(frozen=True)
+class LoadedDraft:
+    """A drafter as read.
+
+    Attributes:
+        config: its sizes and layout.
+        params: `backbone`, and `head` unless it is plain DFlash.
+        raw_config: the whole `config.json`, unknown fields included; hand it back to `save_draft`.
+    """
+
+    config: DraftConfig
+    params: Params
+    raw_config: dict[str, Any]
+
+
+def _layer_table(config: TargetConfig | DraftConfig, public: str, path: tuple[str, ...]) -> list[TensorName]:
+    width, mlp, head = config.hidden_size, config.intermediate_size, config.head_dim
+    query, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    linear = {
+        "self_attn.q_proj": (query, width),
+        "self_attn.k_proj": (kv, width),
+        "self_attn.v_proj": (kv, width),
+        "self_attn.o_proj": (width, query),
+        "mlp.gate_proj": (mlp, width),
+        "mlp.up_proj": (mlp, width),
+        "mlp.down_proj": (width, mlp),
+    }
+    norms = {
+        "input_layernorm": (width,),
+        "post_attention_layernorm": (width,),
+        "self_attn.q_norm": (head,),
+        "self_attn.k_norm": (head,),
+    }
+    table = []
+    for i in range(config.num_hidden_layers):
+        for name, shape in (linear | norms).items():
+            leaf = (*path, f"layers_{i}", name.rsplit(".", 1)[-1])
+            table.append(TensorName(f"{public}layers.{i}.{name}.weight", leaf, shape, name in linear))
+    return table
+
+
+def target_table(config: TargetConfig) -> list[TensorName]:
+    """Return the name table of a target."""
+    embedding = (config.vocab_size, config.hidden_size)
+    table = [TensorName("model.embed_tokens.weight", ("embed_tokens",), embedding)]
+    table += _layer_table(config, "model.", ())
+    table.append(TensorName("model.norm.weight", ("norm",), (config.hidden_size,)))
+    if not config.tie_word_embeddings:
+        table.append(TensorName("lm_head.weight", ("lm_head",), embedding))
+    return table
+
+
+def draft_table(config: DraftConfig) -> list[TensorName]:
+    """Return the name table of a drafter; without a head it names the backbone only."""
+    width, state, rank = config.hidden_size, config.gru_hidden_dim, config.emb_dim
+    num_captured = len(config.target_layer_ids)
+    table = [
+        TensorName("fc.weight", ("backbone", "fc"), (width, num_captured * width), True),
+        TensorName("hidden_norm.weight", ("backbone", "hidden_norm"), (width,)),
+        TensorName("norm.weight", ("backbone", "norm"), (width,)),
+        *_layer_table(config, "", ("backbone",)),
+    ]
+    if config.has_head:
+        table += [
+            TensorName("prefix_gru.weight_ih_l0", ("head", "gru_input"), (3 * state, width), True),
+            TensorName("prefix_gru.weight_hh_l0", ("head", "gru_hidden"), (3 * state, state), True),
+            TensorName("embed_proj.0.weight", ("head", "down"), (rank, width + state), True),
+            TensorName("embed_proj.2.weight", ("head", "up"), (config.vocab_size, rank), True),
+        ]
+    return table
+
+
+def resolve_directory(path_or_id: str) -> Path:
+    """Return the local directory of a checkpoint; a hub id is downloaded first (no pickled weights).
+
+    Raises:
+        CheckpointError: it is neither a directory nor a hub id that can be reached.
+    """
+    path = Path(path_or_id).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or path_or_id.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path_or_id):
+        raise CheckpointError(
+            f"{path_or_id} is not a directory; give a checkpoint directory or a hub id such as Qwen/Qwen3-4B"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path_or_id, allow_patterns=_HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path_or_id!r} is no local directory and could not be had from the Hugging Face hub ({first_line}). "
+            "Check the spelling and the network, log in for gated models, or download it elsewhere and give the directory"
+        ) from error
+
+
+def read_target_config(path_or_id: str) -> tuple[TargetConfig, dict[str, Any]]:
+    """Return a target's config, parsed and raw, without reading weights.
+
+    Raises:
+        CheckpointError: the checkpoint is not there or is no supported target.
+    """
+    file = resolve_directory(path_or_id) / CONFIG_FILE
+    raw = read_json_object(file)
+    return parse_target_config(raw, str(file)), raw
+
+
+def load_target(path_or_id: str, dtype: str) -> tuple[TargetConfig, Params]:
+    """Return a target's config and its parameters in `dtype`.
+
+    A tied target has no `lm_head`; one in the files is not read.
+
+    Raises:
+        CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
+    """
+    directory = resolve_directory(path_or_id)
+    config, _ = read_target_config(str(directory))
+    ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype)
+
+
+def load_draft(path_or_id: str, dtype: str) -> LoadedDraft:
+    """Return a drafter in the public layout, its parameters in `dtype`.
+
+    Raises:
+        CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
+    """
+    directory = resolve_directory(path_or_id)
+    raw = read_json_object(directory / CONFIG_FILE)
+    config = parse_draft_config(raw, str(directory / CONFIG_FILE))
+    return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype), raw)
+
+
+def save_target(
+    directory: str | Path,
+    config: TargetConfig,
+    params: Params,
+    dtype: str = "float32",
+    extra_config: dict[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a target so that `transformers` loads it; `extra_config` adds fields such as `eos_token_id`.
+
+    Raises:
+        CheckpointError: the parameters do not fit the config, or a value does not fit `dtype`.
+    """
+    raw = write_target_config(config, dtype, extra_config)
+    _write_params(Path(directory), target_table(config), params, raw, dtype, max_shard_bytes)
+
+
+def save_draft(
+    directory: str | Path,
+    config: DraftConfig,
+    params: Params,
+    raw_config: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a drafter in the public layout; fields of `raw_config` that this package does not know are kept.
+
+    Raises:
+        CheckpointError: the parameters do not fit the config, or a value does not fit `dtype`.
+    """
+    raw = write_draft_config(config, dtype, raw_config)
+    _write_params(Path(directory), draft_table(config), params, raw, dtype, max_shard_bytes)
+
+
+def check_draft_fits(draft: DraftConfig, target: TargetConfig) -> None:
+    """Check that a drafter belongs to a target of this shape.
+
+    Raises:
+        CheckpointError: it does not; the message names every mismatch with both values.
+    """
+    pairs = [
+        ("hidden_size", draft.hidden_size, "hidden_size", target.hidden_size),
+        ("vocab_size", draft.vocab_size, "vocab_size", target.vocab_size),
+        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.num_hidden_layers),
+    ]
+    problems = [
+        f"{name} is {value}, the target's {other} is {expected}"
+        for name, value, other, expected in pairs
+        if value != expected
+    ]
+    outside = [i for i in draft.target_layer_ids if i >= target.num_hidden_layers]
+    if outside:
+        problems.append(f"target_layer_ids holds {outside}, the target has layers 0 .. {target.num_hidden_layers - 1}")
+    if draft.mask_token_id >= target.vocab_size:
+        problems.append(f"mask_token_id is {draft.mask_token_id}, the target's ids are 0 .. {target.vocab_size - 1}")
+    if problems:
+        listing = "\n  ".join(problems)
+        raise CheckpointError(f"the drafter does not fit the target; use the one trained for it:\n  {listing}")
+
+
+def _read_params(files: TensorFiles, table: list[TensorName], ignored: set[str], dtype: str) -> Params:
+    float_type = parse_float_type(dtype)
+    stored = {n: t for n, t in files.stored.items() if n not in ignored and not _IGNORED.search(n)}
+    expected = {row.public: row for row in table}
+    problems = [f"missing: {n}, expected {list(r.shape)}" for n, r in expected.items() if n not in stored]
+    problems += [f"unexpected: {n} {list(t.shape)}" for n, t in sorted(stored.items()) if n not in expected]
+    present = [n for n in expected if n in stored]
+    problems += [
+        f"misshapen: {n} is {list(stored[n].shape)}, expected {list(expected[n].shape)}"
+        for n in present
+        if stored[n].shape != expected[n].shape
+    ]
+    problems += [
+        f"type: {n} is {code}; float32, bfloat16 and float16 are read"
+        for n, code in files.unsupported_types(present).items()
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the tensors in {files.directory} do not fit its {CONFIG_FILE}:\n  " + "\n  ".join(problems)
+        )
+    tree: dict[str, Any] = {}
+    for row in table:
+        leaf = tree
+        for key in row.path[:-1]:
+            leaf = leaf.setdefault(key, {})
+        leaf[row.path[-1]] = jax.device_put(_convert(files.read(row.public), row, float_type)).block_until_ready()
+    return tree
+
+
+def _convert(array: np.ndarray, row: TensorName, float_type: np.dtype) -> np.ndarray:
+    converted = np.asarray(array.T if row.is_turned else array, dtype=float_type, order="C")
+    if float_type == np.float16 and array.dtype != float_type and not np.isfinite(converted).all():
+        raise CheckpointError(f"{row.public} has values that float16 cannot hold; use bfloat16 or float32")
+    return converted
+
+
+def _write_params(
+    directory: Path, table: list[TensorName], params: Params, raw: dict[str, Any], dtype: str, max_shard_bytes: int
+) -> None:
+    float_type = parse_float_type(dtype)
+    rows = {row.public: row for row in table}
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        leaves[tuple(str(getattr(k, "key", k)) for k in path)] = leaf
+    shapes = {row.path: row.shape[::-1] if row.is_turned else row.shape for row in table}
+    problems = [f"missing: {'.'.join(p)}, expected {list(s)}" for p, s in shapes.items() if p not in leaves]
+    problems += [f"unexpected: {'.'.join(p)} {list(np.shape(v))}" for p, v in leaves.items() if p not in shapes]
+    problems += [
+        f"misshapen: {'.'.join(p)} is {list(np.shape(leaves[p]))}, expected {list(s)}"
+        for p, s in shapes.items()
+        if p in leaves and np.shape(leaves[p]) != s
+    ]
+    if problems:
+        raise CheckpointError("the parameters do not fit the config:\n  " + "\n  ".join(problems))
+
+    def read(name: str) -> np.ndarray:
+        return _convert(np.asarray(leaves[rows[name].path]), rows[name], float_type)
+
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, {n: r.shape for n, r in rows.items()}, read, dtype, max_shard_bytes)
+    write_json(directory / CONFIG_FILE, raw)
+
+
+def is_draft_config(raw: Mapping[str, Any]) -> bool:
+    """Return whether a `config.json` claims to describe a drafter."""
+    return "dflash_config" in raw
