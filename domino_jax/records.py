@@ -29,7 +29,8 @@ class RoundStats:
 
     Attributes:
         acceptance_lengths: per round, accepted draft tokens + 1, cut at the token budget
-            (not at a stop token inside the block), as public implementations count it.
+            (not at a stop token inside the block), as public implementations count it; the token that the
+            prefill chose belongs to no round. Plain decoding has a round of 1 for every further token.
         num_draft_tokens: tokens drafted a round.
     """
 
@@ -46,7 +47,7 @@ class Generation:
         output_ids: new tokens, the stop token included when one ended the text.
         token_sources: one of `SOURCE_NAMES` for every new token.
         finish_reason: `stop` (a stop id), `length` (token budget) or `context` (the model's context is full).
-        stats: rounds of the generation; empty for plain decoding.
+        stats: rounds of the generation.
     """
 
     prompt_ids: list[int]

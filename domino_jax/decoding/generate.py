@@ -1,0 +1,260 @@
+"""The host's door to decoding: prompts in, finished generations out.
+
+Pads a batch, sizes its caches, runs prefill and one of the two loops, and turns device arrays into host records.
+Knows nothing about text, files or servers.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig
+from domino_jax.decoding.plain import decode_plain
+from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
+from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
+from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams
+from domino_jax.models.draft_backbone import init_draft_cache
+from domino_jax.models.qwen3 import init_target_cache
+from domino_jax.ops.sampling import SamplingParams
+from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
+from domino_jax.shapes import Params
+
+_CACHE_STEP = 64
+
+
+class DecodingError(ValueError):
+    """A request that decoding cannot serve; the message names what was wrong and what is allowed."""
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds of the last batch: `prefill_s` up to the first token, `decode_s` from there to the end."""
+
+    prefill_s: float
+    decode_s: float
+
+
+class Decoder:
+    """Generate with a target, with or without a drafter.
+
+    Attributes:
+        last_timings: seconds of the last batch; compilation is included the first time a shape is seen.
+    """
+
+    def __init__(
+        self,
+        target_config: TargetConfig,
+        target_params: Params,
+        draft_config: DraftConfig | None = None,
+        draft_params: Params | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        """Hold both models; `dtype` names the activation and cache type."""
+        self.settings = DecodeSettings(target=target_config, draft=draft_config, dtype=dtype)
+        self.params = ModelParams(target_params, draft_params)
+        self.last_timings = Timings(0.0, 0.0)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int | Sequence[int],
+        sampling: SamplingConfig | Sequence[SamplingConfig] = SamplingConfig(),
+        stop_ids: Sequence[int] | Sequence[Sequence[int]] = (),
+        rule: AcceptanceRule = "seed-exact",
+        block_size: int | None = None,
+        use_head: bool = True,
+        batch_size: int | None = None,
+        propose: Propose = propose_block,
+    ) -> list[Generation]:
+        """Generate up to `max_new_tokens` for every prompt.
+
+        `max_new_tokens`, `sampling` and `stop_ids` are one for all rows or one a row. `block_size` is 1 (plain
+        decoding) up to the trained width, its default; without a drafter decoding is plain. With `batch_size` the
+        prompts are run that many at a time, the last batch padded, so that shapes repeat.
+
+        Raises:
+            DecodingError: an empty prompt, an id outside the vocabulary, a prompt that fills the context, or a
+                number of per-row settings that differs from the number of prompts.
+            ConfigError: `block_size` is wider than the drafter was trained for.
+        """
+        budgets = _per_row(max_new_tokens, len(prompts), "max_new_tokens", lambda v: isinstance(v, int))
+        settings_rows = _per_row(sampling, len(prompts), "sampling", lambda v: isinstance(v, SamplingConfig))
+        stops = _per_row(stop_ids, len(prompts), "stop_ids", lambda v: all(isinstance(i, int | np.integer) for i in v))
+        self._check_prompts(prompts, budgets)
+        loop = self._loop_settings(settings_rows, rule, block_size, use_head)
+        step = batch_size or max(len(prompts), 1)
+        results, prefill_s, decode_s = [], 0.0, 0.0
+        for i in range(0, len(prompts), step):
+            rows = slice(i, i + step)
+            results += self._run_batch(
+                loop, list(prompts[rows]), budgets[rows], settings_rows[rows], stops[rows], step, propose
+            )
+            prefill_s += self.last_timings.prefill_s
+            decode_s += self.last_timings.decode_s
+        self.last_timings = Timings(prefill_s, decode_s)
+        return results
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], budgets: list[int]) -> None:
+        target = self.settings.target
+        for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
+            if len(prompt) == 0:
+                raise DecodingError(f"prompt {i} is empty; give at least one token id")
+            wrong = [t for t in prompt if not 0 <= t < target.vocab_size]
+            if wrong:
+                raise DecodingError(
+                    f"prompt {i} holds token id {wrong[0]}; the vocabulary has ids 0 .. {target.vocab_size - 1}"
+                )
+            if len(prompt) >= target.max_position_embeddings:
+                raise DecodingError(
+                    f"prompt {i} has {len(prompt)} tokens; the model's context holds {target.max_position_embeddings}, "
+                    "and a new token needs one of them"
+                )
+            if budget < 1:
+                raise DecodingError(f"max_new_tokens of prompt {i} is {budget}; it must be 1 or more")
+
+    def _loop_settings(
+        self, rows: list[SamplingConfig], rule: AcceptanceRule, block_size: int | None, use_head: bool
+    ) -> DecodeSettings:
+        if rule not in ("seed-exact", "rejection"):
+            raise DecodingError(f"rule is {rule!r}; allowed: 'seed-exact', 'rejection'")
+        is_greedy = all(s.temperature == 0 for s in rows)
+        has_filters = not is_greedy and any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in rows)
+        draft = self.settings.draft
+        width = 1 if draft is None else (draft.block_size if block_size is None else block_size)
+        if draft is None and block_size not in (None, 1):
+            raise DecodingError(f"block_size is {block_size} but there is no drafter; load one or use 1")
+        if draft is not None and draft.num_draft_tokens(width) == 0:
+            draft = None
+        return replace(
+            self.settings,
+            draft=draft,
+            block_size=width,
+            rule="greedy" if is_greedy else rule,
+            has_filters=has_filters,
+            use_head=use_head,
+        )
+
+    def _run_batch(
+        self,
+        loop: DecodeSettings,
+        prompts: list[Sequence[int]],
+        budgets: list[int],
+        sampling: list[SamplingConfig],
+        stops: list[Sequence[int]],
+        num_rows: int,
+        propose: Propose,
+    ) -> list[Generation]:
+        num_real = len(prompts)
+        padding = num_rows - num_real
+        state = _init_state(
+            loop,
+            prompts + [[0]] * padding,
+            budgets + [0] * padding,
+            sampling + [SamplingConfig()] * padding,
+            stops + [()] * padding,
+        )
+        params = self.params if loop.draft else ModelParams(self.params.target)
+        began = time.perf_counter()
+        last_hidden = jnp.zeros((num_rows, loop.target.hidden_size), loop.dtype)
+        start = 0
+        for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
+            state, last_hidden = prefill_chunk(
+                loop, params, state, chunk_len, jnp.asarray(start, jnp.int32), last_hidden
+            )
+            start += chunk_len
+        state = jax.block_until_ready(choose_first(loop, params, state, last_hidden))
+        first_token_at = time.perf_counter()
+        if loop.draft:
+            state = decode_speculative(loop, params, state, propose)
+        else:
+            state = decode_plain(loop, params, state)
+        state = jax.block_until_ready(state)
+        self.last_timings = Timings(first_token_at - began, time.perf_counter() - first_token_at)
+        return _to_generations(loop, state, prompts, budgets)
+
+
+def _per_row(value: object, num_rows: int, name: str, is_single: object) -> list:
+    if not isinstance(value, list | tuple) or is_single(value):
+        return [value] * num_rows
+    if len(value) != num_rows:
+        raise DecodingError(f"{name} has {len(value)} entries for {num_rows} prompts; give one, or one for each")
+    return list(value)
+
+
+def _round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def _init_state(
+    loop: DecodeSettings,
+    prompts: list[Sequence[int]],
+    budgets: list[int],
+    sampling: list[SamplingConfig],
+    stops: list[Sequence[int]],
+) -> DecodeState:
+    """Return the state before prefill: committed lengths are the prompts', rows without a budget are done."""
+    batch = len(prompts)
+    context = loop.target.max_position_embeddings
+    prompt_len = np.array([len(p) for p in prompts], np.int32)
+    limit_len = np.minimum(prompt_len + np.array(budgets, np.int32), context)
+    longest_prefill = sum(split_into_chunks(int(prompt_len.max())))
+    num_positions = _round_up(max(int(limit_len.max()) + loop.num_draft_tokens + 1, longest_prefill), _CACHE_STEP)
+    tokens = np.zeros((batch, num_positions), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    num_stops = max([len(s) for s in stops] + [1])
+    stop_ids = np.full((batch, num_stops), -1, np.int32)
+    for row, ids in enumerate(stops):
+        stop_ids[row, : len(ids)] = ids
+    params = SamplingParams(
+        temperature=jnp.asarray([s.temperature for s in sampling], jnp.float32),
+        top_k=jnp.asarray([s.top_k for s in sampling], jnp.int32),
+        top_p=jnp.asarray([s.top_p for s in sampling], jnp.float32),
+        min_p=jnp.asarray([s.min_p for s in sampling], jnp.float32),
+        seed=jnp.asarray([s.seed for s in sampling], jnp.uint32),
+    )
+    dtype = jnp.dtype(loop.dtype)
+    return DecodeState(
+        tokens=jnp.asarray(tokens),
+        sources=jnp.full((batch, num_positions), SOURCE_PROMPT, jnp.int8),
+        committed_len=jnp.asarray(prompt_len),
+        limit_len=jnp.asarray(limit_len),
+        stop_ids=jnp.asarray(stop_ids),
+        has_stopped=jnp.zeros(batch, bool),
+        is_done=jnp.asarray(limit_len <= prompt_len),
+        acceptance_lengths=jnp.zeros((batch, _round_up(max(budgets), _CACHE_STEP)), jnp.int32),
+        num_rounds=jnp.zeros(batch, jnp.int32),
+        sampling=params,
+        target_cache=init_target_cache(loop.target, batch, num_positions, dtype),
+        draft_cache=init_draft_cache(loop.draft, batch, num_positions, dtype) if loop.draft else None,
+    )
+
+
+def _to_generations(
+    loop: DecodeSettings, state: DecodeState, prompts: list[Sequence[int]], budgets: list[int]
+) -> list[Generation]:
+    tokens, sources = np.asarray(state.tokens), np.asarray(state.sources)
+    committed_len, has_stopped = np.asarray(state.committed_len), np.asarray(state.has_stopped)
+    lengths, num_rounds = np.asarray(state.acceptance_lengths), np.asarray(state.num_rounds)
+    generations = []
+    for row, prompt in enumerate(prompts):
+        new = slice(len(prompt), int(committed_len[row]))
+        reason = "stop" if has_stopped[row] else "length"
+        if reason == "length" and new.stop - new.start < budgets[row]:
+            reason = "context"
+        plain_rounds = [1] * (new.stop - new.start - 1)
+        rounds = lengths[row, : num_rounds[row]].tolist() if loop.draft else plain_rounds
+        generations.append(
+            Generation(
+                prompt_ids=[int(t) for t in prompt],
+                output_ids=tokens[row, new].tolist(),
+                token_sources=[SOURCE_NAMES[s] for s in sources[row, new]],
+                finish_reason=reason,
+                stats=RoundStats(rounds, loop.num_draft_tokens),
+            )
+        )
+    return generations

@@ -1,0 +1,69 @@
+"""Run prompts of any length through the target in chunks of a few static lengths, and choose the first token.
+
+Rows of a batch share the chunks; what a shorter row writes past its prompt is overwritten before it is ever seen.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.decoding.plain import choose_next
+from domino_jax.decoding.speculative import write_features
+from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
+from domino_jax.models.qwen3 import Qwen3
+from domino_jax.shapes import Array, Float, Int
+
+CHUNK_LENGTHS = (16, 64, 256)
+"""Static lengths a prompt is cut into; few, because each is compiled once for a batch and cache size."""
+
+
+def split_into_chunks(prompt_len: int) -> list[int]:
+    """Return chunk lengths that cover `prompt_len`: the longest ones first, then the shortest that holds the rest."""
+    full, rest = divmod(prompt_len, CHUNK_LENGTHS[-1])
+    tail = [next(c for c in CHUNK_LENGTHS if c >= rest)] if rest else []
+    return [CHUNK_LENGTHS[-1]] * full + tail
+
+
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=(2, 5))
+def prefill_chunk(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    chunk_len: int,
+    start: Int[Array, ""],
+    last_hidden: Float[Array, "B D"],
+) -> tuple[DecodeState, Float[Array, "B D"]]:
+    """Run prompt positions `start .. start + chunk_len - 1`; `state` and `last_hidden` are donated.
+
+    Returns the state with caches written and, for rows whose prompt ends in this chunk, its last hidden state.
+    `state.committed_len` is the prompt length here: nothing has been generated yet.
+    """
+    layers = settings.draft.target_layer_ids if settings.draft else ()
+    target = Qwen3(settings.target, layers, jnp.dtype(settings.dtype))
+    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start, chunk_len, axis=1)
+    starts = jnp.full_like(state.committed_len, start)
+    output = target.apply(
+        {"params": params.target}, tokens, starts, state.target_cache, method=Qwen3.forward_cached
+    )
+    state = state.replace(target_cache=output.cache)
+    if settings.draft:
+        draft_cache = write_features(settings, params, output.features, starts, state.draft_cache)
+        state = state.replace(draft_cache=draft_cache)
+    offset = state.committed_len - 1 - start
+    inside = (offset >= 0) & (offset < chunk_len)
+    at = jnp.clip(offset, 0, chunk_len - 1)[:, None, None]
+    ending = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
+    return state, jnp.where(inside[:, None], ending, last_hidden)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=2)
+def choose_first(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, last_hidden: Float[Array, "B D"]
+) -> DecodeState:
+    """Commit the token after each prompt, the target's own; `state` is donated."""
+    target = Qwen3(settings.target, dtype=jnp.dtype(settings.dtype))
+    logits = target.apply({"params": params.target}, last_hidden[:, None], method=Qwen3.logits)
+    chosen = choose_next(logits, state.committed_len[:, None], state, settings)
+    ones = jnp.ones_like(state.committed_len)
+    return commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0]

@@ -1,0 +1,215 @@
+"""One speculative round - draft, verify, accept, commit - as a pure function, and the loop over it.
+
+Rows of a batch advance independently; shapes never change. The tokens that come out follow the target alone,
+whatever the drafter proposes.
+
+Source: Domino, arXiv 2605.29707 (draft and head rollout); arXiv 2211.17192 (rejection rule).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from domino_jax.decoding.plain import choose_next
+from domino_jax.decoding.state import (
+    SOURCE_BONUS,
+    SOURCE_CORRECTED,
+    SOURCE_DRAFTED,
+    DecodeSettings,
+    DecodeState,
+    ModelParams,
+    commit_tokens,
+)
+from domino_jax.models.domino_head import DominoHead
+from domino_jax.models.draft_backbone import DraftBackbone
+from domino_jax.models.qwen3 import Qwen3, head_weight, project_to_vocabulary
+from domino_jax.ops.sampling import (
+    SamplingParams,
+    choose_tokens,
+    gumbel_noise,
+    row_probabilities,
+    scale_and_filter,
+    uniform_noise,
+)
+from domino_jax.ops.verification import accept_by_ratio, accept_equal, sample_law
+from domino_jax.shapes import Array, Float, Int, Params
+
+
+@flax.struct.dataclass
+class Proposal:
+    """Drafted tokens of a round.
+
+    Attributes:
+        probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
+    """
+
+    tokens: Int[Array, "B P"]
+    probs: Float[Array, "B P V"] | None
+
+
+Propose: TypeAlias = Callable[[DecodeSettings, ModelParams, DecodeState], Proposal]
+
+
+def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int) -> Float[Array, "B W V"] | None:
+    """Return the noise drafts are chosen with at the next positions: the target's own under seed-exact."""
+    if settings.rule == "greedy":
+        return None
+    positions = state.committed_len[:, None] + jnp.arange(num_positions)
+    purpose = "choice" if settings.rule == "seed-exact" else "draft"
+    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, purpose)
+
+
+def backbone_block(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState
+) -> tuple[Float[Array, "B P D"], Float[Array, "B P V"], Int[Array, " B"]]:
+    """Return the states and base logits of the slots that draft tokens, and the anchors they start from."""
+    draft = settings.draft
+    embedding = params.target["embed_tokens"].astype(settings.dtype)
+    anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)[:, 0]
+    block = jnp.full((anchors.shape[0], settings.block_size), draft.mask_token_id).at[:, 0].set(anchors)
+    hidden = DraftBackbone(draft, dtype=jnp.dtype(settings.dtype)).apply(
+        {"params": params.draft["backbone"]},
+        embedding[block],
+        state.anchor_pos,
+        state.draft_cache,
+        method=DraftBackbone.draft,
+    )
+    hidden = hidden[:, -settings.num_draft_tokens :]
+    return hidden, project_to_vocabulary(hidden, head_weight(params.target)), anchors
+
+
+def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Proposal:
+    """Draft a block: the backbone in one pass, then the head token by token where there is one."""
+    hidden, base_logits, anchors = backbone_block(settings, params, state)
+    noise = draft_noise(settings, state, settings.num_draft_tokens)
+    if not (settings.draft.has_head and settings.use_head):
+        return _choose_drafts(settings, state.sampling, base_logits, noise)
+    head = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype))
+    return _roll_out_head(settings, state.sampling, params, head, hidden, base_logits, anchors, noise)
+
+
+def _choose_drafts(
+    settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None
+) -> Proposal:
+    if noise is None:
+        return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
+    log_weights = scale_and_filter(logits, sampling, settings.has_filters)
+    probs = row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
+    return Proposal(choose_tokens(log_weights, sampling, noise), probs)
+
+
+def _roll_out_head(
+    settings: DecodeSettings,
+    sampling: SamplingParams,
+    params: ModelParams,
+    head: DominoHead,
+    hidden: Float[Array, "B P D"],
+    base_logits: Float[Array, "B P V"],
+    anchors: Int[Array, " B"],
+    noise: Float[Array, "B P V"] | None,
+) -> Proposal:
+    variables: Params = {"params": params.draft["head"]}
+    embedding = params.target["embed_tokens"].astype(settings.dtype)
+    projected = head.apply(variables, hidden, method=DominoHead.project_hidden)
+    prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
+
+    def step(carry: tuple, slot: tuple) -> tuple[tuple, Proposal]:
+        state, previous = carry
+        logits, inner, slot_noise, is_corrected = slot
+        state = head.apply(variables, state, embedding[previous], method=DominoHead.step)
+        correction = head.apply(variables, inner, state, method=DominoHead.correct_projected)
+        logits = logits + jnp.where(is_corrected, correction, 0.0)
+        row_noise = None if slot_noise is None else slot_noise[:, None]
+        chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
+        tokens = chosen.tokens[:, 0]
+        return (state, tokens), Proposal(tokens, None if chosen.probs is None else chosen.probs[:, 0])
+
+    by_slot = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (base_logits, projected, noise))
+    is_corrected = jnp.arange(base_logits.shape[1]) >= prefix_len
+    start = (head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state), anchors)
+    _, proposals = jax.lax.scan(step, start, (*by_slot, is_corrected))
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), proposals)
+
+
+def verify_block(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, drafts: Int[Array, "B P"]
+) -> tuple[Float[Array, "B W V"], DecodeState]:
+    """Run the target once over anchor and drafts; return its logits and the state with both caches written."""
+    draft = settings.draft
+    target = Qwen3(settings.target, draft.target_layer_ids, jnp.dtype(settings.dtype))
+    variables = {"params": params.target}
+    anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)
+    output = target.apply(
+        variables,
+        jnp.concatenate([anchors, drafts], axis=1),
+        state.anchor_pos,
+        state.target_cache,
+        method=Qwen3.forward_cached,
+    )
+    draft_cache = write_features(settings, params, output.features, state.anchor_pos, state.draft_cache)
+    logits = target.apply(variables, output.hidden, method=Qwen3.logits)
+    return logits, state.replace(target_cache=output.cache, draft_cache=draft_cache)
+
+
+def write_features(
+    settings: DecodeSettings, params: ModelParams, features: Array, start: Array, draft_cache: Params
+) -> Params:
+    """Project target features and write them into the draft's context cache at positions `start ..`."""
+    backbone = DraftBackbone(settings.draft, dtype=jnp.dtype(settings.dtype))
+    variables = {"params": params.draft["backbone"]}
+    context = backbone.apply(variables, features, method=DraftBackbone.project_context)
+    return backbone.apply(variables, context, start, draft_cache, method=DraftBackbone.write_context)
+
+
+def accept_block(
+    settings: DecodeSettings, state: DecodeState, proposal: Proposal, logits: Float[Array, "B W V"]
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Return how many drafts each row accepts and the target's token that follows them."""
+    positions = state.committed_len[:, None] + jnp.arange(logits.shape[1])
+    if settings.rule != "rejection":
+        return accept_equal(proposal.tokens, choose_next(logits, positions, state, settings))
+    target_probs = row_probabilities(
+        scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling
+    )
+    uniform = uniform_noise(state.sampling.seed, positions[:, :-1], "accept")
+    num_accepted, law = accept_by_ratio(proposal.tokens, proposal.probs, target_probs, uniform)
+    after = (state.committed_len + num_accepted)[:, None]
+    noise = gumbel_noise(state.sampling.seed, after, logits.shape[-1], "residual")[:, 0]
+    return num_accepted, sample_law(law, noise)
+
+
+def run_round(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose = propose_block
+) -> DecodeState:
+    """Advance every row that is not done by one round: 1 to K + 1 tokens.
+
+    `propose` drafts; whatever it returns, the committed text follows the target.
+    """
+    proposal = propose(settings, params, state)
+    logits, state = verify_block(settings, params, state, proposal.tokens)
+    num_accepted, next_token = accept_block(settings, state, proposal, logits)
+    num_drafts = proposal.tokens.shape[1]
+    index = jnp.arange(num_drafts + 1)
+    is_draft = index < num_accepted[:, None]
+    new_tokens = jnp.where(is_draft, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), next_token[:, None])
+    own_source = jnp.where(num_accepted == num_drafts, SOURCE_BONUS, SOURCE_CORRECTED)[:, None]
+    sources = jnp.where(is_draft, SOURCE_DRAFTED, own_source)
+    is_active = ~state.is_done
+    state, acceptance_len = commit_tokens(state, new_tokens, num_accepted + 1, sources)
+    rows = jnp.arange(is_active.shape[0])
+    recorded = state.acceptance_lengths.at[rows, state.num_rounds].add(acceptance_len, mode="drop")
+    return state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active)
+
+
+@partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+def decode_speculative(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose = propose_block
+) -> DecodeState:
+    """Run rounds until every row is done; `state` is donated."""
+    return jax.lax.while_loop(
+        lambda s: ~jnp.all(s.is_done), lambda s: run_round(settings, params, s, propose), state
+    )

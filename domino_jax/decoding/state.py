@@ -1,0 +1,117 @@
+"""What a batch of sequences carries from round to round, and how new tokens are committed to it.
+
+A row's committed length is the only truth about it: its newest token, the anchor, lies at `committed_len - 1`, the
+target's cache is valid before the anchor, and so is the draft's context. Both loops commit through `commit_tokens`,
+so stop ids, token budget and context limit mean the same in both.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import flax.struct
+import jax.numpy as jnp
+
+from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.ops.kv_cache import KVCache
+from domino_jax.ops.sampling import SamplingParams
+from domino_jax.ops.verification import first_stop, write_rows
+from domino_jax.records import SOURCE_NAMES
+from domino_jax.shapes import Array, Bool, Int, Params
+
+SOURCE_PROMPT, SOURCE_TARGET, SOURCE_DRAFTED, SOURCE_CORRECTED, SOURCE_BONUS = range(len(SOURCE_NAMES))
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """The static side of a decoding loop; a new value compiles a new loop.
+
+    Attributes:
+        target: sizes of the target.
+        draft: sizes of the drafter; None for plain decoding.
+        block_size: slots drafted a round, 2 up to the trained width.
+        rule: `greedy` promises that every row has temperature 0 and draws no noise.
+        has_filters: whether any row uses top-k, top-p or min-p.
+        use_head: False drafts from the base logits although the drafter has a head.
+        dtype: name of the activation and cache type.
+    """
+
+    target: TargetConfig
+    draft: DraftConfig | None = None
+    block_size: int = 1
+    rule: Literal["greedy", "seed-exact", "rejection"] = "greedy"
+    has_filters: bool = False
+    use_head: bool = True
+    dtype: str = "float32"
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens drafted a round."""
+        return self.draft.num_draft_tokens(self.block_size) if self.draft else 0
+
+
+@flax.struct.dataclass
+class ModelParams:
+    """Parameters of both models; `draft` is None for plain decoding."""
+
+    target: Params
+    draft: Params | None = None
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Everything a batch carries; donated to each loop and returned by it.
+
+    Attributes:
+        tokens: prompt and committed tokens; entries at and past `committed_len` mean nothing.
+        sources: who wrote each token, an index into `SOURCE_NAMES`.
+        committed_len: known tokens of each row, the anchor included.
+        limit_len: committed length at which a row ends, from its token budget and the model's context.
+        stop_ids: per row, padded with -1.
+        has_stopped: whether a stop id ended the row.
+        is_done: whether the row takes no more part; its state is then left alone.
+        acceptance_lengths: per round of a row, accepted draft tokens + 1, cut at the token budget.
+        num_rounds: rounds each row took part in.
+        draft_cache: None for plain decoding.
+    """
+
+    tokens: Int[Array, "B S"]
+    sources: Int[Array, "B S"]
+    committed_len: Int[Array, " B"]
+    limit_len: Int[Array, " B"]
+    stop_ids: Int[Array, "B stops"]
+    has_stopped: Bool[Array, " B"]
+    is_done: Bool[Array, " B"]
+    acceptance_lengths: Int[Array, "B rounds"]
+    num_rounds: Int[Array, " B"]
+    sampling: SamplingParams
+    target_cache: KVCache
+    draft_cache: KVCache | None
+
+    @property
+    def anchor_pos(self) -> Int[Array, " B"]:
+        """Absolute position of each row's newest token."""
+        return self.committed_len - 1
+
+
+def commit_tokens(
+    state: DecodeState, new_tokens: Int[Array, "B W"], num_new: Int[Array, " B"], sources: Int[Array, "B W"]
+) -> tuple[DecodeState, Int[Array, " B"]]:
+    """Append up to `num_new` tokens a row, exactly up to its stop token, token budget and context limit.
+
+    Returns the state and the counts within the budget before a stop token cut them (the acceptance lengths of a
+    round); 0 for rows that were done before.
+    """
+    within_budget = jnp.minimum(num_new, state.limit_len - state.committed_len)
+    within_budget = jnp.where(state.is_done, 0, within_budget)
+    kept, has_stopped = first_stop(new_tokens, within_budget, state.stop_ids)
+    committed_len = state.committed_len + kept
+    return (
+        state.replace(
+            tokens=write_rows(state.tokens, new_tokens, state.committed_len, kept),
+            sources=write_rows(state.sources, sources, state.committed_len, kept),
+            committed_len=committed_len,
+            has_stopped=state.has_stopped | has_stopped,
+            is_done=state.is_done | has_stopped | (committed_len >= state.limit_len),
+        ),
+        within_budget,
+    )
