@@ -149,7 +149,7 @@ def resolve_directory(path_or_id: str) -> Path:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{path_or_id!r} is no local directory and could not be had from the Hugging Face hub ({first_line}). "
-            "Check the spelling and the network, log in for gated models, or download it elsewhere and give the directory"
+            "Check the spelling and the network, log in for gated models, or download it and give the directory"
         ) from error
 
 

@@ -1,0 +1,149 @@
+"""Training checkpoints: exact bits, what is kept, data position, configuration differences, unfit states."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
+
+METADATA = {"name": "tiny", "seed": 3, "draft": {"target_layer_ids": [1, 3], "block_size": 8}}
+
+
+def make_state(seed: int):
+    key = jax.random.key(seed)
+    params = {
+        "backbone": {"fc": jax.random.normal(key, (5, 7)), "norm": jnp.ones(5, jnp.bfloat16)},
+        "head": {"up": jax.random.normal(key, (2, 300))},
+    }
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
+    opt_state = optimizer.init(params)
+    gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.1), params)
+    _, opt_state = optimizer.update(gradients, opt_state, params)
+    return {
+        "params": params,
+        "opt_state": opt_state,
+        "step": jnp.int32(seed),
+        "key": key,
+        "raw_key": jax.random.PRNGKey(seed),
+        "host": np.array([2**40 + seed], np.int64),
+        "count": seed,
+        "special": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45], jnp.float32),
+    }
+
+
+def bits(leaf):
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    return array.dtype, array.shape, array.tobytes()
+
+
+def assert_same_bits(left, right) -> None:
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        assert type(a) is type(b)
+        assert bits(a) == bits(b)
+
+
+def test_restore_returns_the_saved_bits(tmp_path: Path) -> None:
+    state = make_state(7)
+    checkpoints = TrainCheckpoints(tmp_path / "run", keep=2)
+    assert checkpoints.save(7, state, {"next_index": 12, "nested": {"seed": 2**40}}, METADATA, metric=None)
+    checkpoints.close()
+    again = TrainCheckpoints(tmp_path / "run", keep=2)
+    restored = again.restore(make_state(1))
+    assert restored is not None
+    assert_same_bits(restored[0], state)
+    assert restored[1:] == ({"next_index": 12, "nested": {"seed": 2**40}}, METADATA)
+    assert again.read_metadata() == METADATA
+    again.close()
+
+
+def test_nothing_stored_gives_none(tmp_path: Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path / "run", keep=1)
+    assert checkpoints.restore(make_state(1)) is None
+    assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+    assert checkpoints.read_metadata() is None
+    with pytest.raises(CheckpointError, match="step 4 is not stored"):
+        checkpoints.restore(make_state(1), step=4)
+    checkpoints.close()
+
+
+def test_latest_and_best_are_kept(tmp_path: Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path, keep=2)
+    metrics = {1: None, 2: 2.5, 3: 1.0, 4: 2.5, 5: float("nan"), 6: None}
+    for step, metric in metrics.items():
+        checkpoints.save(step, {"x": jnp.float32(step)}, b"position \xff %d" % step, {}, metric)
+    assert checkpoints.latest_step() == 6
+    assert checkpoints.best_step() == 2
+    assert sorted(int(p.name) for p in tmp_path.iterdir() if p.name.isdigit()) == [2, 5, 6]
+    best = checkpoints.restore({"x": jnp.float32(0)}, step=2)
+    assert best is not None and best[0]["x"] == 2 and best[1] == b"position \xff 2"
+    assert checkpoints.save(6, {"x": jnp.float32(0)}, {}, {}) is False
+    checkpoints.close()
+    assert TrainCheckpoints(tmp_path, keep=1).best_step() == 2
+
+
+def test_unfit_state_is_named(tmp_path: Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"a": jnp.zeros((2, 3)), "b": {"c": jnp.zeros(4)}}, {}, {})
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.restore({"a": jnp.zeros((2, 4)), "b": {"d": jnp.zeros(4)}})
+    message = str(caught.value)
+    assert "missing: b.d" in message and "unexpected: b.c" in message
+    assert "misshapen: a is float32[2, 3], expected float32[2, 4]" in message
+    checkpoints.close()
+
+
+def test_interrupted_save_is_ignored(tmp_path: Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"a": jnp.zeros(2)}, {}, {})
+    checkpoints.close()
+    (tmp_path / "2.orbax-checkpoint-tmp-123").mkdir()
+    assert TrainCheckpoints(tmp_path, keep=1).latest_step() == 1
+
+
+def test_keep_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="keep is 0"):
+        TrainCheckpoints(tmp_path, keep=0)
+
+
+def test_restored_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    optimizer = optax.adamw(1e-2)
+
+    @jax.jit
+    def advance(state):
+        key, noise_key = jax.random.split(state["key"])
+        gradient = jax.random.normal(noise_key, state["params"].shape) + state["params"]
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        return {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "key": key}
+
+    def start():
+        params = jnp.ones((3, 4))
+        return {"params": params, "opt_state": optimizer.init(params), "key": jax.random.key(0)}
+
+    whole = start()
+    for _ in range(4):
+        whole = advance(whole)
+    half = advance(advance(start()))
+    checkpoints = TrainCheckpoints(tmp_path, keep=1)
+    checkpoints.save(2, half, {}, {})
+    restored = checkpoints.restore(start())
+    checkpoints.close()
+    assert restored is not None
+    assert_same_bits(advance(advance(restored[0])), whole)
+
+
+def test_diff_configs_names_every_leaf() -> None:
+    new = {"name": "tiny", "draft": {"target_layer_ids": (1, 3), "block_size": 4}, "extra": 1}
+    assert diff_configs(METADATA, new) == [
+        "seed: stored 3, now absent",
+        "draft.block_size: stored 8, now 4",
+        "extra: not stored, now 1",
+    ]
+    assert diff_configs(METADATA, METADATA) == []
