@@ -280,7 +280,8 @@ def _read_params(files: TensorFiles, table: list[TensorName], ignored: set[str],
 
 
 def _convert(array: np.ndarray, row: TensorName, float_type: np.dtype) -> np.ndarray:
-    converted = np.asarray(array.T if row.is_turned else array, dtype=float_type, order="C")
+    with np.errstate(over="ignore"):
+        converted = np.asarray(array.T if row.is_turned else array, dtype=float_type, order="C")
     if float_type == np.float16 and array.dtype != float_type and not np.isfinite(converted).all():
         raise CheckpointError(f"{row.public} has values that float16 cannot hold; use bfloat16 or float32")
     return converted

@@ -117,7 +117,7 @@ class TrainCheckpoints:
         return state, _decode_data_state(record["data_state"]), record["metadata"]
 
     def read_metadata(self, step: int | None = None) -> dict[str, Any] | None:
-        """Return the metadata of `step` (default: the latest) without reading the state, or None where nothing is stored.
+        """Return the metadata of `step` (default: the latest) without reading the state, or None if nothing is stored.
 
         Raises:
             CheckpointError: `step` is not stored.

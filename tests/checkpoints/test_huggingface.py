@@ -211,7 +211,7 @@ def test_default_rope_scaling_is_read(tmp_path: Path) -> None:
 
 def test_pickled_weights_are_refused_by_name(tmp_path: Path) -> None:
     write_config(tmp_path)
-    with pytest.raises(CheckpointError, match="holds no .*safetensors"):
+    with pytest.raises(CheckpointError, match="holds no "):
         load_target(str(tmp_path), "float32")
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*Convert them to safetensors"):
@@ -271,10 +271,10 @@ def test_unknown_dtype_is_refused(golden_dir: Path) -> None:
 
 
 def test_host_memory_stays_near_one_tensor(tmp_path: Path, monkeypatch) -> None:
-    wide = replace(SMALL, vocab_size=16, hidden_size=1024, intermediate_size=1024, num_hidden_layers=4, head_dim=128)
+    wide = replace(SMALL, vocab_size=16, hidden_size=512, intermediate_size=512, num_hidden_layers=4, head_dim=128)
     write_small(tmp_path, wide)
     file_bytes = (tmp_path / "model.safetensors").stat().st_size
-    largest = 1024 * 1024 * 4
+    largest = 512 * 512 * 4
     monkeypatch.setattr(huggingface.jax, "device_put", lambda array: jax.numpy.zeros(array.shape, array.dtype))
     tracemalloc.start()
     try:
