@@ -1,0 +1,246 @@
+"""Grain pipeline: a JSONL of chats to shuffled, padded batches with a position that can be saved.
+
+In: the file, a tokenizer, `DataConfig`. One pass checks every row (it is rendered, truncated and thrown away) and
+keeps only offsets; training reads rows by offset and tokenises them when they are needed. Out: an iterator of
+`records.TrainBatch`. Rows are shuffled anew every epoch, batches run on over the ends of epochs, and only what is
+left after the last epoch is dropped. Batches are made on the calling thread. Knows nothing about models or devices.
+
+Source: an anchor needs two neighbouring supervised tokens (METHOD: training example).
+"""
+
+import hashlib
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import grain
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from domino_jax.config import DataConfig
+from domino_jax.data.chat_template import ChatTemplateError, render_chat
+from domino_jax.data.responses import RawRow, ResponsesError, RowError, RowReport, parse_row, scan_rows
+from domino_jax.records import TrainBatch
+
+_Tokens = tuple[list[int], list[int]]
+
+
+@dataclass
+class RowIndex:
+    """Where the usable rows of a file are, and what they add up to.
+
+    Attributes:
+        offsets: first byte of each usable row.
+        sizes: bytes of each usable row.
+        line_nos: 1-based line of each usable row.
+        report: counts of usable and bad rows.
+        num_tokens: tokens of all usable rows after truncation.
+        num_learned_tokens: those of them with a loss mask of 1.
+        num_truncated: usable rows that lost tokens to `max_length`.
+        fingerprint: hash of the bytes of the usable rows.
+    """
+
+    report: RowReport
+    offsets: array = field(default_factory=lambda: array("Q"))
+    sizes: array = field(default_factory=lambda: array("Q"))
+    line_nos: array = field(default_factory=lambda: array("Q"))
+    num_tokens: int = 0
+    num_learned_tokens: int = 0
+    num_truncated: int = 0
+    fingerprint: str = ""
+
+
+class ChatSource:
+    """Random access to the usable rows of a file: `source[i]` is (ids, loss mask), truncated to `max_length`.
+
+    Raises:
+        ResponsesError: the file cannot be read, too many rows are bad, or none can be used.
+    """
+
+    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: int) -> None:
+        """Check every row of `path` and keep the offsets of those that can be used."""
+        self._path, self._tokenizer, self._config, self._vocab_size = path, tokenizer, config, vocab_size
+        self.index = self._check_rows()
+
+    def __len__(self) -> int:
+        """Return the number of usable rows."""
+        return len(self.index.offsets)
+
+    def __getitem__(self, row: int) -> _Tokens:
+        """Read and tokenise one row.
+
+        Raises:
+            RowError: the file has changed since it was checked.
+        """
+        line_no = int(self.index.line_nos[row])
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self.index.offsets[row])
+                content = file.read(self.index.sizes[row])
+        except OSError as error:
+            raise ResponsesError(f"{self._path} cannot be read any more: {error.strerror}") from error
+        ids, loss_mask, _ = self._tokenise(RawRow(line_no, 0, content))
+        return ids, loss_mask
+
+    def _check_rows(self) -> RowIndex:
+        index = RowIndex(RowReport(self._path, self._config.bad_rows, self._config.max_bad_rows))
+        digest = hashlib.sha256()
+        for row in scan_rows(self._path):
+            try:
+                ids, loss_mask, num_all = self._tokenise(row)
+            except RowError as error:
+                index.report.add_bad(error)
+                continue
+            index.report.num_good += 1
+            index.offsets.append(row.offset)
+            index.sizes.append(len(row.content))
+            index.line_nos.append(row.line_no)
+            index.num_tokens += len(ids)
+            index.num_learned_tokens += sum(loss_mask)
+            index.num_truncated += num_all > len(ids)
+            digest.update(row.content)
+        index.report.require_good()
+        index.fingerprint = digest.hexdigest()[:16]
+        return index
+
+    def _tokenise(self, row: RawRow) -> tuple[list[int], list[int], int]:
+        messages = parse_row(row.content, self._path, row.line_no)
+        try:
+            ids, loss_mask = render_chat(self._tokenizer, messages, self._config.enable_thinking)
+        except ChatTemplateError as error:
+            raise RowError(self._path, row.line_no, "chat template failed", str(error)) from error
+        num_all, max_length = len(ids), self._config.max_length
+        ids, loss_mask = ids[:max_length], loss_mask[:max_length]
+        if max(ids, default=0) >= self._vocab_size:
+            raise RowError(
+                self._path,
+                row.line_no,
+                "id out of range",
+                f"{max(ids)} with a vocabulary of {self._vocab_size}; does the tokenizer belong to the target?",
+            )
+        if not any(a and b for a, b in pairwise(loss_mask)):
+            raise RowError(
+                self._path,
+                row.line_no,
+                "no assistant token left" if not any(loss_mask) else "only single assistant tokens left",
+                f"{num_all} tokens cut to max_length {max_length}; an anchor needs two neighbours",
+            )
+        return ids, loss_mask, num_all
+
+
+class BatchIterator(Iterator[TrainBatch]):
+    """Batches in a fixed order, with a position that is saved and restored as JSON-ready values.
+
+    Attributes:
+        num_batches: batches of the whole stream; None when it does not end.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, num_batches: int | None, identity: dict[str, Any]) -> None:
+        """Start at the first batch of `dataset`; `identity` names the stream a saved position belongs to."""
+        # No reading threads: tokenising a batch takes milliseconds and runs beside the device's asynchronous step.
+        self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+        self._identity = identity
+        self.num_batches = num_batches
+
+    def __next__(self) -> TrainBatch:
+        """Return the next batch."""
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Return the position and the identity of the stream, ready for JSON."""
+        return {"grain": self._iterator.get_state(), **self._identity}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken.
+
+        Raises:
+            ResponsesError: the position belongs to another file, seed, batch size, length or process layout.
+        """
+        changed = [
+            f"{name} was {state.get(name)!r} and is {value!r}"
+            for name, value in self._identity.items()
+            if state.get(name) != value
+        ]
+        if changed or "grain" not in state:
+            raise ResponsesError(
+                f"the saved data position belongs to another stream: {'; '.join(changed) or 'no position in it'}; "
+                "resume with the same data and settings, or start a new run"
+            )
+        self._iterator.set_state(dict(state["grain"]))
+
+
+def build_dataset(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    vocab_size: int,
+    seed: int,
+    num_epochs: int | float | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> tuple[BatchIterator, RowIndex, int]:
+    """Check `path` and return its batches, what the check found, and the number of usable rows.
+
+    `num_epochs` may be a fraction; None never ends. With fewer rows than a batch a batch holds a row more than once,
+    from successive epochs. Each of `process_count` processes gets `batch_size / process_count` rows of every batch.
+
+    Raises:
+        ResponsesError: no row can be used, too many are bad, or all epochs together do not fill one batch.
+        RowError: a bad row while `config.bad_rows` is `fail`.
+        ValueError: `batch_size` does not divide over the processes, or an argument is out of range.
+    """
+    _check_arguments(config, seed, num_epochs, process_index, process_count)
+    source = ChatSource(path, tokenizer, config, vocab_size)
+    num_rows = len(source)
+    rows = grain.MapDataset.source(source).shuffle(seed)
+    num_batches = None
+    if num_epochs is None:
+        rows = rows.repeat()
+    else:
+        num_batches = round(num_epochs * num_rows) // config.batch_size
+        if num_batches == 0:
+            raise ResponsesError(
+                f"{path}: {num_rows} usable rows x {num_epochs} epochs do not fill one batch of {config.batch_size}; "
+                "lower data.batch_size, give more rows or more epochs"
+            )
+        rows = rows.repeat(math.ceil(num_epochs))[: num_batches * config.batch_size]
+    if process_count > 1:
+        rows = rows[process_index::process_count]
+    batches = rows.batch(
+        config.batch_size // process_count,
+        drop_remainder=True,
+        batch_fn=lambda tokens: _pad_batch(tokens, config.max_length),
+    )
+    identity = {
+        "rows": source.index.fingerprint,
+        "seed": seed,
+        "batch_size": config.batch_size,
+        "max_length": config.max_length,
+        "process": [process_index, process_count],
+    }
+    return BatchIterator(batches, num_batches, identity), source.index, num_rows
+
+
+def _check_arguments(
+    config: DataConfig, seed: int, num_epochs: int | float | None, process_index: int, process_count: int
+) -> None:
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed is {seed}; it must lie in 0 .. 2**32 - 1")
+    if num_epochs is not None and num_epochs <= 0:
+        raise ValueError(f"num_epochs is {num_epochs}; it must be positive, or None for a stream without end")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index}; it must lie in 0 .. {process_count - 1}")
+    if config.batch_size % process_count:
+        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {process_count} processes")
+
+
+def _pad_batch(rows: Sequence[_Tokens], max_length: int) -> TrainBatch:
+    input_ids = np.zeros((len(rows), max_length), np.int32)
+    loss_mask = np.zeros((len(rows), max_length), np.float32)
+    for i, (ids, mask) in enumerate(rows):
+        input_ids[i, : len(ids)] = ids
+        loss_mask[i, : len(mask)] = mask
+    return TrainBatch(input_ids, loss_mask, np.array([len(ids) for ids, _ in rows], np.int32))
