@@ -23,7 +23,6 @@ Messages = Sequence[Mapping[str, str]]
 """Turns of a chat, oldest first; each has `role` (system, user or assistant) and `content`."""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_SENTINEL = "DOMINO0TURN0CONTENT"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -202,12 +201,13 @@ def _spans_by_prefix(
 ) -> tuple[str, list[tuple[int, int]]]:
     text = _render(tokenizer, messages, enable_thinking, add_generation_prompt=False)
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    end_of_turn = _find_end_of_turn(tokenizer, messages, turns[0], enable_thinking) if turns else ""
+    stand_in = _pick_stand_in(text)
+    end_of_turn = _find_end_of_turn(tokenizer, messages[: turns[0]], stand_in, enable_thinking) if turns else ""
     spans, reached = [], 0
     for turn in turns:
         around = [dict(m) for m in messages]
-        around[turn]["content"] = _SENTINEL
-        before, found, after = _render(tokenizer, around, enable_thinking, False).partition(_SENTINEL)
+        around[turn]["content"] = stand_in
+        before, found, after = _render(tokenizer, around, enable_thinking, False).partition(stand_in)
         start = _find_start(tokenizer, messages[:turn], text, before, enable_thinking)
         end = len(text) - len(after)
         if not found or not text.endswith(after) or start is None or not reached <= start <= end:
@@ -219,6 +219,14 @@ def _spans_by_prefix(
         reached = end + len(end_of_turn) * text.startswith(end_of_turn, end)
         spans.append((start, reached))
     return text, spans
+
+
+def _pick_stand_in(text: str) -> str:
+    # Takes the place of a turn's content in a rendering, so it must not occur in the chat.
+    number = 0
+    while f"stand{number}in" in text:
+        number += 1
+    return f"stand{number}in"
 
 
 def _find_start(
@@ -235,10 +243,12 @@ def _find_start(
     return len(prompt) if text.startswith(prompt) else None
 
 
-def _find_end_of_turn(tokenizer: PreTrainedTokenizerBase, messages: Messages, turn: int, enable_thinking: bool) -> str:
+def _find_end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, history: Messages, stand_in: str, enable_thinking: bool
+) -> str:
     # Rendered as the last turn, so that the next turn's header is not taken for the end of this one.
-    chat = [*(dict(m) for m in messages[:turn]), {"role": "assistant", "content": _SENTINEL}]
-    after = _render(tokenizer, chat, enable_thinking, add_generation_prompt=False).partition(_SENTINEL)[2]
+    chat = [*(dict(m) for m in history), {"role": "assistant", "content": stand_in}]
+    after = _render(tokenizer, chat, enable_thinking, add_generation_prompt=False).partition(stand_in)[2]
     return next((text for text in _special_texts(tokenizer) if text and after.startswith(text)), "")
 
 

@@ -177,6 +177,11 @@ def test_the_next_header_is_not_the_end_of_a_turn() -> None:
     assert learned(tokenizer, ids, mask) == "onetwo"
 
 
+def test_a_chat_may_hold_the_stand_in_for_a_turn() -> None:
+    ids, mask = render_chat(TOKENIZERS["prefix"], chat("stand0in", "a stand0in stand1in"), False)
+    assert learned(TOKENIZERS["prefix"], ids, mask) == "a stand0in stand1in<|im_end|>"
+
+
 def test_no_assistant_turn_masks_nothing() -> None:
     for tokenizer in TOKENIZERS.values():
         assert not any(render_chat(tokenizer, chat("a?"), False)[1])
