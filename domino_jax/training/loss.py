@@ -1,0 +1,229 @@
+"""Both losses of a drafter and its teacher-forced metrics, as sums over a batch.
+
+    loss = (1 - lambda) * CE(corrected logits) + lambda * CE(base logits)      means weighted by `Blocks.weights`
+
+Sums come out instead of means, so that micro-steps are divided once by the weight of the whole batch. Logits exist
+for `head_chunk` blocks at a time and are computed again in the backward pass; memory therefore does not grow with
+anchors x slots x vocabulary. Logits, cross-entropies and sums are float32 whatever the activations are.
+
+Source: Domino, arXiv 2605.29707; metric definitions as in `OnlineDominoModel` of sgl-project/SpecForge.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from domino_jax.config import DraftConfig
+from domino_jax.models.domino_head import DominoHead
+from domino_jax.models.draft_backbone import DraftBackbone
+from domino_jax.models.qwen3 import project_to_vocabulary
+from domino_jax.shapes import Array, Bool, Float, Int, Params
+from domino_jax.training.anchors import Blocks, build_blocks
+
+
+@flax.struct.dataclass
+class LossSums:
+    """Numerators and denominators of every loss and metric; add those of two batches field by field.
+
+    `base_*` fields belong to the base logits, the others to the corrected ones; both are equal for a drafter without
+    a head. Index i of a `*_by_slot` field is drafted token i.
+
+    Attributes:
+        loss_num: weighted sum of the cross-entropies.
+        loss_den: sum of the weights.
+        correct_num: scored slots whose most likely token is the label.
+        correct_den: scored slots.
+        accept_num: over the blocks with a scored slot, 1 + scored slots up to the first wrong one.
+        accept_den: blocks with a scored slot.
+        accept_by_slot: scored slots that are right and have only right ones before them.
+        scored_by_slot: scored slots.
+    """
+
+    loss_num: Float[Array, ""]
+    base_loss_num: Float[Array, ""]
+    loss_den: Float[Array, ""]
+    correct_num: Float[Array, ""]
+    base_correct_num: Float[Array, ""]
+    correct_den: Float[Array, ""]
+    accept_num: Float[Array, ""]
+    base_accept_num: Float[Array, ""]
+    accept_den: Float[Array, ""]
+    accept_by_slot: Float[Array, " slots"]
+    base_accept_by_slot: Float[Array, " slots"]
+    scored_by_slot: Float[Array, " slots"]
+
+
+def zero_sums(draft_config: DraftConfig) -> LossSums:
+    """Return the sums over no block at all."""
+    zero, slots = jnp.zeros(()), jnp.zeros(draft_config.num_draft_tokens())
+    return LossSums(*([zero] * 9), *([slots] * 3))
+
+
+def add_sums(first: LossSums, second: LossSums) -> LossSums:
+    """Return the sums over two disjoint sets of blocks."""
+    return jax.tree.map(jnp.add, first, second)
+
+
+def mix_losses(sums: LossSums, base_weight: Float[Array, ""] | float) -> Float[Array, ""]:
+    """Return the weighted sum (not the mean) that is minimised: (1 - lambda) * corrected + lambda * base."""
+    return (1 - base_weight) * sums.loss_num + base_weight * sums.base_loss_num
+
+
+def compute_metrics(sums: LossSums, base_weight: Float[Array, ""] | float) -> dict[str, Array]:
+    """Return losses, accuracies and acceptance from sums; 0 where nothing was scored.
+
+    `accept_len` is the teacher-forced accepted prefix + 1, the mean over blocks. `accept_rate_by_slot` is the share
+    of blocks whose drafted token i is reached and right. Keys that start with `base_` belong to the base logits.
+    """
+
+    def divide(numerator: Array, denominator: Array) -> Array:
+        return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+
+    return {
+        "loss": divide(mix_losses(sums, base_weight), sums.loss_den),
+        "corrected_loss": divide(sums.loss_num, sums.loss_den),
+        "base_loss": divide(sums.base_loss_num, sums.loss_den),
+        "accuracy": divide(sums.correct_num, sums.correct_den),
+        "base_accuracy": divide(sums.base_correct_num, sums.correct_den),
+        "accept_len": divide(sums.accept_num, sums.accept_den),
+        "base_accept_len": divide(sums.base_accept_num, sums.accept_den),
+        "accept_rate_by_slot": divide(sums.accept_by_slot, sums.scored_by_slot),
+        "base_accept_rate_by_slot": divide(sums.base_accept_by_slot, sums.scored_by_slot),
+    }
+
+
+def draft_logits(
+    draft_config: DraftConfig,
+    draft_params: Params,
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "blocks P D"],
+    teacher_ids: Int[Array, "blocks P"],
+) -> tuple[Float[Array, "blocks slots V"], Float[Array, "blocks slots V"]]:
+    """Return corrected and base logits of every drafted token, the GRU reading the tokens given.
+
+    Drafted token i is slot i with `shift_label` and slot i + 1 without; in both layouts it is corrected with the
+    GRU's state after i + 1 tokens, and the first `pure_draft_prefix_len` ones are not corrected.
+    """
+    num_drafted = draft_config.num_draft_tokens()
+    hidden = hidden[:, -num_drafted:]
+    base = project_to_vocabulary(hidden, head)
+    first = min(draft_config.pure_draft_prefix_len, num_drafted)
+    if not draft_config.has_head or first == num_drafted:
+        return base, base
+    module, variables = DominoHead(draft_config, hidden.dtype), {"params": draft_params["head"]}
+    inputs = jax.lax.stop_gradient(embedding[teacher_ids[:, :num_drafted]])
+    states = module.apply(variables, inputs, method="teacher_states")
+    residual = module.apply(variables, hidden[:, first:], states[:, first:], method="correct")
+    return jnp.concatenate([base[:, :first], base[:, first:] + residual], axis=1), base
+
+
+def _sum_one_kind(logits: Array, labels: Array, weights: Array, is_scored: Array) -> tuple[Array, Array, Array, Array]:
+    """Return loss, correct count, accepted count and accepted count by slot of one kind of logits."""
+    label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
+    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - label_logits
+    is_right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    # A slot without a label neither counts nor ends the accepted prefix.
+    accepted = jnp.cumprod(jnp.where(is_scored > 0, is_right, 1.0), axis=-1) * is_scored
+    by_slot = jnp.sum(accepted, axis=0)
+    accept_num = jnp.sum(accepted) + jnp.sum(jnp.max(is_scored, axis=-1))
+    # The weight decides, not a product with 0: a dropped block's logits may be anything.
+    loss = jnp.sum(jnp.where(weights > 0, weights * cross_entropy, 0.0))
+    return loss, jnp.sum(is_right * is_scored), accept_num, by_slot
+
+
+def sum_block_losses(
+    draft_config: DraftConfig,
+    draft_params: Params,
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "blocks P D"],
+    blocks: Blocks,
+) -> LossSums:
+    """Return the sums over blocks given the backbone's states; all their logits exist at once.
+
+    The fields of `blocks` are flattened to `[blocks, P]` by the caller.
+    """
+    num_drafted = draft_config.num_draft_tokens()
+    corrected, base = draft_logits(draft_config, draft_params, embedding, head, hidden, blocks.teacher_ids)
+    labels, weights = blocks.labels[:, -num_drafted:], blocks.weights[:, -num_drafted:]
+    is_scored = blocks.is_scored[:, -num_drafted:]
+    loss, correct, accept, by_slot = _sum_one_kind(corrected, labels, weights, is_scored)
+    base_loss, base_correct, base_accept, base_by_slot = _sum_one_kind(base, labels, weights, is_scored)
+    return LossSums(
+        loss_num=loss,
+        base_loss_num=base_loss,
+        loss_den=jnp.sum(weights),
+        correct_num=correct,
+        base_correct_num=base_correct,
+        correct_den=jnp.sum(is_scored),
+        accept_num=accept,
+        base_accept_num=base_accept,
+        accept_den=jnp.sum(jnp.max(is_scored, axis=-1)),
+        accept_by_slot=by_slot,
+        base_accept_by_slot=base_by_slot,
+        scored_by_slot=jnp.sum(is_scored, axis=0),
+    )
+
+
+def sum_in_chunks(
+    draft_config: DraftConfig,
+    draft_params: Params,
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "V D"],
+    hidden: Float[Array, "B A P D"],
+    blocks: Blocks,
+    head_chunk: int,
+) -> LossSums:
+    """Return `sum_block_losses` of all blocks, `head_chunk` blocks at a time, rematerialised in the backward pass."""
+    num_blocks = hidden.shape[0] * hidden.shape[1]
+    chunk = min(head_chunk, num_blocks)
+    num_chunks = -(-num_blocks // chunk)
+
+    def split(x: Array) -> Array:
+        flat = x.reshape(num_blocks, *x.shape[2:])
+        padded = jnp.pad(flat, ((0, num_chunks * chunk - num_blocks),) + ((0, 0),) * (flat.ndim - 1))
+        return padded.reshape(num_chunks, chunk, *flat.shape[1:])
+
+    @jax.checkpoint
+    def sum_chunk(params: Params, chunk_hidden: Array, chunk_blocks: Blocks) -> LossSums:
+        return sum_block_losses(draft_config, params, embedding, head, chunk_hidden, chunk_blocks)
+
+    def add_chunk(total: LossSums, inputs: tuple[Array, Blocks]) -> tuple[LossSums, None]:
+        return add_sums(total, sum_chunk(draft_params, *inputs)), None
+
+    total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), (split(hidden), jax.tree.map(split, blocks)))
+    return total
+
+
+def block_losses(
+    draft_config: DraftConfig,
+    draft_params: Params,
+    embedding: Float[Array, "V D"],
+    head: Float[Array, "V D"],
+    features: Float[Array, "B S CD"],
+    input_ids: Int[Array, "B S"],
+    loss_mask: Float[Array, "B S"],
+    lengths: Int[Array, " B"] | None,
+    anchor_pos: Int[Array, "B A"],
+    keep_mask: Bool[Array, "B A"],
+    gamma: float,
+    base_weight: Float[Array, ""] | float,
+    head_chunk: int,
+    compute_dtype: DTypeLike = jnp.float32,
+) -> tuple[LossSums, dict[str, Array]]:
+    """Return the sums of the losses of given anchors on given target features, and the metrics made from them.
+
+    Embedding, head and features are frozen: no gradient reaches them. `lengths` None: no row is padded. A dropped
+    block (`keep_mask` False) adds nothing.
+    """
+    if lengths is None:
+        lengths = jnp.full(input_ids.shape[:1], input_ids.shape[1], jnp.int32)
+    embedding, head, features = jax.lax.stop_gradient((embedding, head, features))
+    blocks = build_blocks(draft_config, input_ids, loss_mask, lengths, anchor_pos, keep_mask, gamma)
+    backbone, variables = DraftBackbone(draft_config, compute_dtype), {"params": draft_params["backbone"]}
+    context = backbone.apply(variables, features, method="project_context")
+    hidden = backbone.apply(variables, context, embedding[blocks.token_ids], anchor_pos, method="train")
+    sums = sum_in_chunks(draft_config, draft_params, embedding, head, hidden, blocks, head_chunk)
+    return sums, compute_metrics(sums, base_weight)

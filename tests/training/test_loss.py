@@ -1,0 +1,217 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+DRAFTS = ["A", "B", "C", "D", "E"]
+NAMES = {
+    "loss": "loss",
+    "base_loss": "base_loss",
+    "final_loss": "corrected_loss",
+    "accuracy": "accuracy",
+    "base_accuracy": "base_accuracy",
+    "accept_len": "accept_len",
+    "base_accept_len": "base_accept_len",
+}
+TERMS = {
+    "final_num": "loss_num",
+    "loss_num": "loss_num",
+    "base_num": "base_loss_num",
+    "loss_den": "loss_den",
+    "correct_num": "correct_num",
+    "base_correct_num": "base_correct_num",
+    "accuracy_den": "correct_den",
+    "accept_num": "accept_num",
+    "base_accept_num": "base_accept_num",
+    "accept_den": "accept_den",
+}
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+
+
+def load_case(golden_dir, name):
+    from domino_jax.checkpoints.huggingface import load_draft, load_target
+    from domino_jax.models.qwen3 import head_weight
+
+    draft = load_draft(str(golden_dir / "draft" / name), "float32")
+    _, target = load_target(str(golden_dir / ("target_tied" if name == "C" else "target")), "float32")
+    case = load_file(golden_dir / "train" / f"{name}.safetensors")
+    about = json.loads((golden_dir / "train" / f"{name}.json").read_text())
+    return draft, target["embed_tokens"], head_weight(target), case, about
+
+
+def losses_of(draft_config, embedding, head, case, gamma, head_chunk=5):
+    from domino_jax.training.loss import block_losses
+
+    def losses(params, base_weight):
+        return block_losses(
+            draft_config,
+            params,
+            embedding,
+            head,
+            jnp.asarray(case["hidden_states"]),
+            jnp.asarray(case["input_ids"], jnp.int32),
+            jnp.asarray(case["loss_mask"]),
+            None,
+            jnp.asarray(case["anchor_positions"], jnp.int32),
+            jnp.asarray(case["block_keep_mask"]),
+            gamma,
+            base_weight,
+            head_chunk,
+        )
+
+    return losses
+
+
+def gradients_of(losses, params, base_weight):
+    from domino_jax.training.loss import mix_losses
+
+    def mean(p):
+        sums, _ = losses(p, base_weight)
+        return mix_losses(sums, base_weight) / sums.loss_den
+
+    return jax.jit(jax.grad(mean))(params)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_losses_and_metrics_equal_golden(golden_dir, name):
+    draft, embedding, head, case, about = load_case(golden_dir, name)
+    for label, run in about["runs"].items():
+        gamma = 7.0 if label.startswith("gamma_7") else 0.0
+        losses = jax.jit(losses_of(draft.config, embedding, head, case, gamma))
+        sums, metrics = losses(draft.params, run.get("lambda_base", 0.0))
+        for golden_name, ours in NAMES.items():
+            if golden_name in run:
+                np.testing.assert_allclose(
+                    metrics[ours], run[golden_name], rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE, err_msg=golden_name
+                )
+        for golden_name, ours in TERMS.items():
+            if golden_name in run["terms"]:
+                np.testing.assert_allclose(
+                    getattr(sums, ours), run["terms"][golden_name], rtol=LOSS_TOLERANCE, err_msg=golden_name
+                )
+        assert float(sums.accept_by_slot.sum() + sums.accept_den) == pytest.approx(float(sums.accept_num))
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_gradients_equal_golden(golden_dir, name):
+    from domino_jax.checkpoints.huggingface import draft_table
+
+    draft, embedding, head, case, _ = load_case(golden_dir, name)
+    grads = gradients_of(losses_of(draft.config, embedding, head, case, 7.0), draft.params, 0.5)
+    reference = {k.removeprefix("grad."): v for k, v in case.items() if k.startswith("grad.")}
+    rows = draft_table(draft.config)
+    assert {row.public for row in rows} == set(reference)
+    for row in rows:
+        ours = grads
+        for part in row.path:
+            ours = ours[part]
+        expected = reference[row.public].T if row.is_turned else reference[row.public]
+        worst = np.abs(np.asarray(ours) - expected).max()
+        assert worst <= GRADIENT_TOLERANCE * np.abs(expected).max(), row.public
+
+
+@pytest.mark.parametrize("name", ["A", "B", "E"])
+def test_logits_equal_golden(golden_dir, name):
+    from domino_jax.training.loss import draft_logits
+
+    draft, embedding, head, case, _ = load_case(golden_dir, name)
+    kept = case["block_keep_mask"]
+    corrected, base = draft_logits(
+        draft.config,
+        draft.params,
+        embedding,
+        head,
+        jnp.asarray(case["draft_hidden"][kept]),
+        jnp.asarray(case["head_token_ids"][kept], jnp.int32),
+    )
+    first = 0 if draft.config.shift_label else 1
+    np.testing.assert_allclose(base, case["base_logits"][kept][:, first:], rtol=1e-4, atol=2e-4)
+    np.testing.assert_allclose(corrected, case["final_logits"][kept][:, first:], rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["A", "E"])
+def test_chunks_do_not_change_losses_or_gradients(golden_dir, name):
+    draft, embedding, head, case, _ = load_case(golden_dir, name)
+    whole = gradients_of(losses_of(draft.config, embedding, head, case, 7.0, 64), draft.params, 0.3)
+    for head_chunk in (1, 5):
+        chunked = gradients_of(losses_of(draft.config, embedding, head, case, 7.0, head_chunk), draft.params, 0.3)
+        for got, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+def test_dropped_blocks_add_nothing(golden_dir):
+    draft, embedding, head, case, _ = load_case(golden_dir, "A")
+    dropped = dict(case, block_keep_mask=np.zeros_like(case["block_keep_mask"]))
+    losses = losses_of(draft.config, embedding, head, dropped, 7.0)
+    sums, metrics = losses(draft.params, 0.5)
+    assert not any(np.any(x) for x in jax.tree.leaves((sums, metrics)))
+    grads = jax.grad(lambda p: losses(p, 0.5)[0].loss_num)(draft.params)
+    assert not any(np.any(x) for x in jax.tree.leaves(grads))
+
+
+def test_blocks_do_not_see_each_other(golden_dir):
+    draft, embedding, head, case, _ = load_case(golden_dir, "A")
+    one_by_one = []
+    for a in range(case["anchor_positions"].shape[1]):
+        alone = dict(
+            case,
+            anchor_positions=case["anchor_positions"][:, a : a + 1],
+            block_keep_mask=case["block_keep_mask"][:, a : a + 1],
+        )
+        one_by_one.append(losses_of(draft.config, embedding, head, alone, 7.0)(draft.params, 0.5)[0])
+    together, _ = losses_of(draft.config, embedding, head, case, 7.0)(draft.params, 0.5)
+    summed = jax.tree.map(lambda *xs: sum(xs), *one_by_one)
+    for got, expected in zip(jax.tree.leaves(summed), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_memory_stays_below_the_dense_logits():
+    from domino_jax.config import DraftConfig
+    from domino_jax.models.domino_head import init_draft_params
+    from domino_jax.training.loss import block_losses, mix_losses
+
+    vocab, anchors, length, block = 4096, 128, 128, 8
+    config = DraftConfig(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        num_target_layers=4,
+        target_layer_ids=(2,),
+        block_size=block,
+        mask_token_id=1,
+        shift_label=True,
+        gru_hidden_dim=16,
+        emb_dim=8,
+    )
+
+    def temporary_bytes(head_chunk):
+        def mean(params, embedding, features, ids, loss_mask, anchor_pos):
+            keep = jnp.ones(anchor_pos.shape, bool)
+            sums, _ = block_losses(
+                config, params, embedding, embedding, features, ids, loss_mask, None, anchor_pos, keep, 7.0, 0.5,
+                head_chunk,
+            )  # fmt: skip
+            return mix_losses(sums, 0.5)
+
+        shapes = (
+            jax.eval_shape(lambda: init_draft_params(config, jax.random.key(0))),
+            jax.ShapeDtypeStruct((vocab, 16), jnp.float32),
+            jax.ShapeDtypeStruct((1, length, 16), jnp.float32),
+            jax.ShapeDtypeStruct((1, length), jnp.int32),
+            jax.ShapeDtypeStruct((1, length), jnp.float32),
+            jax.ShapeDtypeStruct((1, anchors), jnp.int32),
+        )
+        compiled = jax.jit(jax.grad(mean)).lower(*shapes).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    dense = 4 * anchors * block * vocab
+    assert temporary_bytes(anchors) > dense
+    assert temporary_bytes(4) < dense / 2

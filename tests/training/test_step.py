@@ -1,0 +1,190 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+VOCAB, LENGTH = 48, 32
+
+
+@pytest.fixture(scope="module")
+def pair():
+    """A tiny random target with its sizes, and the sizes of a drafter for it."""
+    from domino_jax.config import DraftConfig, TargetConfig
+    from domino_jax.models.qwen3 import init_target_params
+
+    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64}
+    target = TargetConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, **sizes)
+    draft = DraftConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_target_layers=4,
+        target_layer_ids=(1, 3),
+        block_size=4,
+        mask_token_id=VOCAB - 1,
+        shift_label=True,
+        pure_draft_prefix_len=1,
+        gru_hidden_dim=24,
+        emb_dim=16,
+        **sizes,
+    )
+    params = jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, init_target_params(target, jax.random.key(5)))
+    return target, draft, params
+
+
+def make_batch(seed, sequences=4):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(LENGTH // 2, LENGTH + 1, sequences).astype(np.int32)
+    positions = np.arange(LENGTH)
+    is_token = positions < lengths[:, None]
+    ids = np.where(is_token, generator.integers(0, VOCAB - 1, (sequences, LENGTH)), 0).astype(np.int32)
+    return ids, (is_token & (positions >= 6)).astype(np.float32), lengths
+
+
+def split_batch(batch, micro_steps):
+    return tuple(x.reshape(micro_steps, -1, *x.shape[1:]) for x in batch)
+
+
+def make_step(pair, num_steps=20, dtype="float32", **objective):
+    from domino_jax.config import ObjectiveConfig, OptimizerConfig
+    from domino_jax.training.step import create_train_state, make_train_step
+
+    target, draft, _ = pair
+    settings = ObjectiveConfig(**({"num_anchors": 6, "head_chunk": 5, "loss_decay_gamma": 4.0} | objective))
+    # A large epsilon-free Adam step turns rounding of tiny gradients into visible updates; a moderate rate does not.
+    optimizer = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.01)
+    step = make_train_step(target, draft, settings, optimizer, num_steps, compute_dtype=dtype, target_dtype=dtype)
+    return step, lambda seed=0: create_train_state(draft, optimizer, jax.random.key(seed))
+
+
+def assert_trees_equal(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_micro_steps_do_not_change_the_result(pair):
+    step, create = make_step(pair)
+    results = {}
+    for micro_steps in (1, 4):
+        state = create()
+        for seed in range(3):
+            state, metrics = step(state, pair[2], *split_batch(make_batch(seed), micro_steps))
+        results[micro_steps] = state, metrics
+    for a, b in zip(jax.tree.leaves(results[1][0].params), jax.tree.leaves(results[4][0].params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    for name, value in results[1][1].items():
+        np.testing.assert_allclose(value, results[4][1][name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_same_state_and_batch_give_identical_bits(pair):
+    step, create = make_step(pair)
+    runs = []
+    for _ in range(2):
+        state = create()
+        for seed in range(2):
+            state, metrics = step(state, pair[2], *split_batch(make_batch(seed), 2))
+        runs.append((state, metrics))
+    assert_trees_equal(*runs)
+    assert int(runs[0][0].step) == 2
+
+
+def test_a_copied_state_goes_on_as_the_first_would(pair):
+    step, create = make_step(pair)
+    batches = [split_batch(make_batch(seed), 2) for seed in range(4)]
+    state, saved = create(), None
+    for number, batch in enumerate(batches):
+        if number == 2:
+            saved = jax.tree.map(np.asarray, jax.device_get(state))
+            saved = jax.tree.map(np.copy, saved)
+        state, _ = step(state, pair[2], *batch)
+    resumed = jax.tree.map(jnp.asarray, saved)
+    for batch in batches[2:]:
+        resumed, _ = step(resumed, pair[2], *batch)
+    assert_trees_equal(state, resumed)
+
+
+def test_a_batch_without_anchors_updates_nothing(pair):
+    step, create = make_step(pair)
+    state, _ = step(create(), pair[2], *split_batch(make_batch(0), 2))
+    before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
+    ids, loss_mask, lengths = split_batch(make_batch(1), 2)
+    state, metrics = step(state, pair[2], ids, np.zeros_like(loss_mask), lengths)
+    assert_trees_equal((state.params, state.opt_state), before)
+    assert int(state.step) == 2
+    assert float(metrics["loss_weight"]) == 0
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(metrics))
+
+
+def test_rows_of_padding_change_nothing(pair):
+    step, create = make_step(pair)
+    batch = make_batch(0)
+    empty = np.zeros((4, LENGTH), np.int32), np.ones((4, LENGTH), np.float32), np.zeros(4, np.int32)
+    with_padding = tuple(np.concatenate(parts) for parts in zip(batch, empty, strict=True))
+    plain, _ = step(create(), pair[2], *split_batch(batch, 1))
+    padded, metrics = step(create(), pair[2], *split_batch(with_padding, 2))
+    for a, b in zip(jax.tree.leaves(plain.params), jax.tree.leaves(padded.params), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
+    assert np.isfinite(metrics["loss"])
+
+
+def test_schedules_count_optimizer_steps(pair):
+    step, create = make_step(pair, num_steps=8)
+    state, base_weights = create(), []
+    for seed in range(4):
+        state, metrics = step(state, pair[2], *split_batch(make_batch(seed), 4))
+        base_weights.append(float(metrics["base_weight"]))
+    np.testing.assert_allclose(base_weights, [1, 7 / 8, 6 / 8, 5 / 8], atol=1e-7)
+
+
+@pytest.mark.parametrize("head", ["domino", "none"])
+def test_bfloat16_keeps_float32_master_weights(pair, head):
+    import dataclasses
+
+    target, draft, params = pair
+    if head == "none":
+        draft = dataclasses.replace(draft, gru_hidden_dim=0, emb_dim=0, shift_label=False)
+    step, create = make_step((target, draft, params), dtype="bfloat16")
+    state, metrics = step(create(), params, *split_batch(make_batch(0), 2))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert metrics["loss"].dtype == jnp.float32
+    assert np.isfinite(metrics["loss"])
+
+
+def test_eval_step_scores_without_update(pair):
+    from domino_jax.config import ObjectiveConfig
+    from domino_jax.training.loss import add_sums, compute_metrics
+    from domino_jax.training.step import make_eval_step
+
+    target, draft, params = pair
+    _, create = make_step(pair)
+    evaluate = make_eval_step(target, draft, ObjectiveConfig(num_anchors=6, head_chunk=5))
+    state = create()
+    first = evaluate(state.params, params, *make_batch(0), jax.random.key(1))
+    assert_trees_equal(first, evaluate(state.params, params, *make_batch(0), jax.random.key(1)))
+    second = evaluate(state.params, params, *make_batch(1), jax.random.key(1))
+    metrics = compute_metrics(add_sums(first, second), 0.0)
+    assert float(metrics["loss"]) == pytest.approx(np.log(VOCAB), rel=0.5)
+    assert float(metrics["accept_len"]) >= 1
+
+
+@pytest.mark.parametrize("shift_label", [True, False])
+def test_one_sample_is_learned_by_heart(pair, shift_label):
+    import dataclasses
+
+    from domino_jax.config import ObjectiveConfig, OptimizerConfig
+    from domino_jax.training.step import create_train_state, make_train_step
+
+    target, draft, params = pair
+    draft = dataclasses.replace(draft, shift_label=shift_label)
+    ids, loss_mask, _ = make_batch(0, sequences=1)
+    batch = ids[None], np.ones_like(loss_mask)[None] * (np.arange(LENGTH) >= 6), np.full((1, 1), LENGTH, np.int32)
+    batch = (batch[0], batch[1].astype(np.float32), batch[2])
+    objective, optimizer = ObjectiveConfig(num_anchors=24, base_weight_decay_ratio=0.5), OptimizerConfig(1e-2)
+    step = make_train_step(target, draft, objective, optimizer, 120)
+    state = create_train_state(draft, optimizer, jax.random.key(0))
+    for _ in range(120):
+        state, metrics = step(state, params, *batch)
+    assert float(metrics["loss"]) < 0.2
+    # All blocks but those at the end are complete: 24 blocks of up to K labels, plus the target's own token.
+    assert float(metrics["accept_len"]) > 0.85 * (1 + draft.num_draft_tokens())
+    assert float(metrics["accept_rate_by_slot"].min()) > 0.9
