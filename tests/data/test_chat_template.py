@@ -109,6 +109,13 @@ def test_masks_answers_and_their_ends_only(name: str, system: str) -> None:
     )
 
 
+def test_tags_agree_with_transformers_own_mask() -> None:
+    tokenizer = TOKENIZERS["tags"]
+    messages = chat("a? é", "one 🎲", "b?", "two\n\n", system="s")
+    theirs = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert render_chat(tokenizer, messages, False) == (theirs["input_ids"], theirs["assistant_masks"])
+
+
 # Answers start and end with a letter: white space at the border of a turn may share a token with the header.
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).map(lambda text: f"x{text}y")
 
