@@ -14,25 +14,26 @@ from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
 METADATA = {"name": "tiny", "seed": 3, "draft": {"target_layer_ids": [1, 3], "block_size": 8}}
 
 
-def make_state(seed: int):
-    key = jax.random.key(seed)
+@jax.jit
+def make_device_state(key):
     params = {
         "backbone": {"fc": jax.random.normal(key, (5, 7)), "norm": jnp.ones(5, jnp.bfloat16)},
         "head": {"up": jax.random.normal(key, (2, 300))},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.cosine_decay_schedule(1e-3, 10)))
-    opt_state = optimizer.init(params)
     gradients = jax.tree.map(lambda p: jnp.full_like(p, 0.1), params)
-    _, opt_state = optimizer.update(gradients, opt_state, params)
-    return {
-        "params": params,
-        "opt_state": opt_state,
+    _, opt_state = optimizer.update(gradients, optimizer.init(params), params)
+    special = jnp.array([jnp.nan, -0.0, jnp.inf, 1.5], jnp.float32)
+    return {"params": params, "opt_state": opt_state, "key": key, "special": special}
+
+
+def make_state(seed: int):
+    return make_device_state(jax.random.key(seed)) | {
         "step": jnp.int32(seed),
-        "key": key,
         "raw_key": jax.random.PRNGKey(seed),
         "host": np.array([2**40 + seed], np.int64),
         "count": seed,
-        "special": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45], jnp.float32),
+        "subnormal": jax.device_put(np.array([1e-45, -3e-40], np.float32)),
     }
 
 
