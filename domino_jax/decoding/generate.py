@@ -23,7 +23,7 @@ from domino_jax.ops.sampling import SamplingParams
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
 from domino_jax.shapes import Params
 
-_CACHE_STEP = 64
+_CACHE_STEP = 256
 
 
 class DecodingError(ValueError):
@@ -159,11 +159,13 @@ class Decoder:
         )
         params = self.params if loop.draft else ModelParams(self.params.target)
         began = time.perf_counter()
+        # Chunks do not depend on how blocks are drafted or tokens chosen: one program serves all such settings.
+        chunks = replace(loop, block_size=1, rule="greedy", has_filters=False, use_head=True)
         last_hidden = jnp.zeros((num_rows, loop.target.hidden_size), loop.dtype)
         start = 0
         for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
             state, last_hidden = prefill_chunk(
-                loop, params, state, chunk_len, jnp.asarray(start, jnp.int32), last_hidden
+                chunks, params, state, chunk_len, jnp.asarray(start, jnp.int32), last_hidden
             )
             start += chunk_len
         state = jax.block_until_ready(choose_first(loop, params, state, last_hidden))
@@ -200,6 +202,7 @@ def _init_state(
     batch = len(prompts)
     context = loop.target.max_position_embeddings
     prompt_len = np.array([len(p) for p in prompts], np.int32)
+    budgets = [min(budget, context) for budget in budgets]
     limit_len = np.minimum(prompt_len + np.array(budgets, np.int32), context)
     longest_prefill = sum(split_into_chunks(int(prompt_len.max())))
     num_positions = _round_up(max(int(limit_len.max()) + loop.num_draft_tokens + 1, longest_prefill), _CACHE_STEP)

@@ -48,7 +48,9 @@ def scale_and_filter(
     ranked = jnp.where(jnp.arange(vocab_size) < num_kept, ranked, -jnp.inf)
     probabilities = jax.nn.softmax(ranked, axis=-1)
     mass_before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    is_kept = (mass_before < sampling.top_p[:, None, None]) | (jnp.arange(vocab_size) == 0)
+    top_p = sampling.top_p[:, None, None]
+    # Rounding lets the cumulative mass reach 1 before the last token: top_p 1 has to keep all by name.
+    is_kept = (mass_before < top_p) | (top_p >= 1) | (jnp.arange(vocab_size) == 0)
     is_kept &= probabilities >= sampling.min_p[:, None, None] * probabilities[..., :1]
     lowest = jnp.min(jnp.where(is_kept & jnp.isfinite(ranked), ranked, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(scaled >= lowest, scaled, -jnp.inf)
