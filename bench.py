@@ -1,0 +1,134 @@
+"""Measure a target with and without a drafter on the same prompts: rows to JSONL, a table to the terminal.
+
+    python bench.py --target DIR_OR_ID --draft DIR_OR_ID --prompts FILE.jsonl --max-new-tokens 256 --output rows.jsonl
+
+A line of the prompt file is {"prompt": str} (continued as it stands), {"messages": [...]} (by the chat template) or
+{"prompt_ids": [int]}; `--prompts` also takes the name of one of the paper's sets. Without `--draft` plain decoding is
+measured. What a row holds: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
+"""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
+from domino_jax.checkpoints.safetensors_io import CheckpointError, read_json_object
+from domino_jax.config import ConfigError, SamplingConfig
+from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
+from domino_jax.decoding.generate import Decoder, DecodingError
+from domino_jax.evaluation.benchmark import BenchmarkSettings, TextCodec, format_table, measure, write_rows
+from domino_jax.evaluation.metrics import summarise
+from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
+
+_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, PromptError)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--target", required=True, help="Hugging Face directory or hub id of the target")
+    add("--draft", help="the same of the drafter; without it plain decoding is measured")
+    add("--prompts", required=True, help=f"JSONL file, or one of {', '.join(PROMPT_SETS)}")
+    add("--output", type=Path, help="rows as JSONL")
+    add("--max-new-tokens", type=_positive, default=256)
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-k", type=int, default=0, help="0 keeps all")
+    add("--top-p", type=float, default=1.0, help="1 keeps all")
+    add("--min-p", type=float, default=0.0, help="0 keeps all")
+    add("--seed", type=int, default=0, help="prompt i is decoded with seed + i")
+    add("--rule", choices=("seed-exact", "rejection"), default="seed-exact", help="acceptance above temperature 0")
+    add("--block-size", type=_positive, help="slots of a block; the drafter's own by default, 1 is plain decoding")
+    add("--batch-size", type=_positive, default=1, help="prompts decoded together")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--no-head", action="store_true", help="draft from the base logits alone")
+    add("--limit", type=_positive, help="only the first prompts")
+    add("--repeats", type=_positive, default=1, help="timed runs of each loop; the median counts")
+    add("--stop-ids", help="token ids with commas between, empty for none; the model's own by default")
+    add("--enable-thinking", action="store_true", help="passed to the chat template")
+    return parser.parse_args(arguments)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more")
+    return value
+
+
+def _open_text(target: str, prompts: list[Prompt], enable_thinking: bool) -> tuple[TextCodec | None, tuple[int, ...]]:
+    """Return the target's tokenizer as callables, and its stop ids; prompts of ids need no tokenizer."""
+    directory = resolve_directory(target)
+    try:
+        tokenizer = load_tokenizer(str(directory))
+    except ChatTemplateError as error:
+        if any(prompt.prompt_ids is None for prompt in prompts):
+            raise
+        print(f"no text in the rows: {error}", file=sys.stderr)
+        path = directory / "generation_config.json"
+        stop = read_json_object(path).get("eos_token_id") if path.exists() else None
+        return None, tuple(stop if isinstance(stop, list) else [] if stop is None else [stop])
+    codec = TextCodec(
+        encode_text=lambda text: list(tokenizer(text)["input_ids"]),
+        encode_chat=partial(encode_prompt, tokenizer, enable_thinking=enable_thinking),
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
+    )
+    return codec, find_stop_ids(tokenizer, str(directory))
+
+
+def _parse_stop_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError as error:
+        raise PromptError(f"--stop-ids is {text!r}; give token ids with commas between, such as 5,7") from error
+
+
+def _run(args: argparse.Namespace) -> None:
+    prompts = load_prompts(args.prompts, args.limit)
+    sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
+    codec, stop_ids = _open_text(args.target, prompts, args.enable_thinking)
+    target_config, target_params = load_target(args.target, args.dtype)
+    draft = load_draft(args.draft, args.dtype) if args.draft else None
+    if draft:
+        check_draft_fits(draft.config, target_config)
+        draft.config.num_draft_tokens(args.block_size)
+    elif args.block_size not in (None, 1):
+        raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
+    decoder = Decoder(
+        target_config,
+        target_params,
+        draft.config if draft else None,
+        draft.params if draft else None,
+        dtype=args.dtype,
+    )
+    settings = BenchmarkSettings(
+        max_new_tokens=args.max_new_tokens,
+        sampling=sampling,
+        stop_ids=stop_ids if args.stop_ids is None else _parse_stop_ids(args.stop_ids),
+        rule=args.rule,
+        block_size=args.block_size,
+        use_head=not args.no_head,
+        batch_size=args.batch_size,
+        repeats=args.repeats,
+    )
+    rows = write_rows(args.output, measure(decoder, prompts, settings, codec))
+    print(format_table(summarise(rows)))
+    if args.output:
+        print(f"rows: {args.output}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark of a command line; return 0, or 2 with one sentence where it cannot be run."""
+    args = _parse(arguments)
+    try:
+        _run(args)
+    except _REFUSALS as error:
+        print(f"bench.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+"""The same prompts through both loops of one decoder, and the rows that say what came out.
+
+In come a `Decoder`, prompts and two callables for text; out come rows (dictionaries, one a decoded prompt) from which
+`metrics.summarise` makes the table. Both loops run in turn on every batch, prefill and decode seconds apart; a run in
+which anything was compiled is repeated and its seconds are dropped. Knows no tokenizers, chat templates or file formats
+of models.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.config import AcceptanceRule, SamplingConfig
+from domino_jax.decoding.generate import Decoder
+from domino_jax.evaluation.metrics import Row, decoded_tokens
+from domino_jax.evaluation.prompts import Prompt, PromptError
+from domino_jax.models.qwen3 import Qwen3
+from domino_jax.records import Generation
+
+ROW_FIELDS = {
+    "prompt_index": "place in the prompt file",
+    "turn": "0, or the turn of a chat whose answers are generated one after the other",
+    "batch_id": "prompts of one id were decoded together and share its seconds by their tokens",
+    "prompt_ids": "the prompt as decoded",
+    "output_ids": "new tokens: speculative where there is a drafter, else plain",
+    "plain_output_ids": "new tokens of the plain loop",
+    "acceptance_lengths": "per round, accepted drafts + 1; null without a drafter",
+    "num_draft_tokens": "drafted a round",
+    "token_sources": "who wrote each new token",
+    "text": "output_ids as text; null without a tokenizer",
+    "finish_reason": "stop, length or context",
+    "decode_s": "seconds from the first token to the last of the speculative loop; null without a drafter",
+    "plain_decode_s": "the same of the plain loop",
+    "prefill_s": "seconds to the first token, speculative; null without a drafter",
+    "plain_prefill_s": "the same of the plain loop",
+    "identical": "whether both loops wrote the same; null where that is not promised (rejection) or not measured",
+    "first_difference": "place of the first differing new token; null where there is none",
+    "target_margin": "at that place, how far the target's logits of the two tokens are apart (greedy only)",
+    "max_new_tokens": "token budget",
+    "temperature": "0 is greedy",
+    "seed": "of this prompt",
+}
+"""Fields of a row and what they hold."""
+
+_MAX_ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """How prompts are decoded and measured.
+
+    Attributes:
+        sampling: of the first prompt; prompt i uses seed + i.
+        block_size: None: as trained.
+        use_head: False drafts from the base logits alone.
+        repeats: timed runs of each loop on each batch; the median counts.
+    """
+
+    max_new_tokens: int
+    sampling: SamplingConfig = SamplingConfig()
+    stop_ids: tuple[int, ...] = ()
+    rule: AcceptanceRule = "seed-exact"
+    block_size: int | None = None
+    use_head: bool = True
+    batch_size: int = 1
+    repeats: int = 1
+
+
+@dataclass(frozen=True)
+class TextCodec:
+    """How text becomes token ids and back; None where a model has no tokenizer.
+
+    Attributes:
+        encode_text: text to be continued -> ids.
+        encode_chat: messages -> ids that end where the assistant begins.
+        decode: new ids -> text, special tokens left out.
+    """
+
+    encode_text: Callable[[str], list[int]]
+    encode_chat: Callable[[list[dict[str, Any]]], list[int]]
+    decode: Callable[[Sequence[int]], str]
+
+
+class _CompileCounter:
+    """Counts compilations of this process, so that a timing that holds one can be thrown away."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, event: str, _seconds: float, **_details: object) -> None:
+        self.count += event.startswith("/jax/core/compile/")
+
+
+@cache
+def _compile_counter() -> _CompileCounter:
+    counter = _CompileCounter()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    return counter
+
+
+@dataclass(frozen=True)
+class _Run:
+    generations: list[Generation]
+    prefill_s: float
+    decode_s: float
+
+
+def measure(
+    decoder: Decoder, prompts: Sequence[Prompt], settings: BenchmarkSettings, codec: TextCodec | None
+) -> Iterator[Row]:
+    """Yield one row a decoded prompt, in the order in which batches finish.
+
+    A prompt of several turns gives one row a turn; the answer that goes on is the speculative one.
+
+    Raises:
+        PromptError: a prompt of text or messages although there is no tokenizer.
+    """
+    pending = [(i, 0, _encode(prompt, codec, i), _first_messages(prompt)) for i, prompt in enumerate(prompts)]
+    num_batches = 0
+    while pending:
+        batch, pending = pending[: settings.batch_size], pending[settings.batch_size :]
+        rows = _measure_batch(decoder, [(i, ids) for i, _, ids, _ in batch], settings, num_batches)
+        num_batches += 1
+        following = []
+        for (i, turn, _, messages), row in zip(batch, rows, strict=True):
+            text = codec.decode(row["output_ids"]) if codec else None
+            yield {"prompt_index": i, "turn": turn, **row, "text": text}
+            turns = prompts[i].turns or []
+            if turn + 1 < len(turns) and codec:
+                chat = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": turns[turn + 1]}]
+                following.append((i, turn + 1, codec.encode_chat(chat), chat))
+        pending = following + pending
+
+
+def _first_messages(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": prompt.turns[0]}] if prompt.turns else []
+
+
+def _encode(prompt: Prompt, codec: TextCodec | None, index: int) -> list[int]:
+    if prompt.prompt_ids is not None:
+        return prompt.prompt_ids
+    if codec is None:
+        raise PromptError(
+            f"prompt {index + 1} is text but the target has no tokenizer; put one beside its weights or give prompt_ids"
+        )
+    if prompt.text is not None:
+        return codec.encode_text(prompt.text)
+    return codec.encode_chat(prompt.messages or _first_messages(prompt))
+
+
+def _measure_batch(
+    decoder: Decoder, batch: list[tuple[int, list[int]]], settings: BenchmarkSettings, batch_id: int
+) -> list[Row]:
+    prompts = [ids for _, ids in batch]
+    sampling = [
+        replace(settings.sampling, seed=(settings.sampling.seed + index) % 2**32) for index, _ in batch
+    ]
+    is_speculative = decoder.settings.draft is not None
+    plain_runs: list[_Run] = []
+    speculative_runs: list[_Run] = []
+    for repeat in range(settings.repeats):
+        order = [(plain_runs, True)] + [(speculative_runs, False)] * is_speculative
+        # Who goes first alternates, so that neither loop always finds the machine as the other left it.
+        for runs, is_plain in order if (batch_id + repeat) % 2 == 0 else order[::-1]:
+            runs.append(_run_without_compiling(decoder, prompts, sampling, settings, is_plain))
+    rows = []
+    for row in range(len(batch)):
+        plain = plain_runs[0].generations[row]
+        chosen = speculative_runs[0].generations[row] if is_speculative else plain
+        rows.append(
+            _make_row(chosen, plain, settings, sampling[row], is_speculative)
+            | {"batch_id": batch_id}
+            | _shared_seconds(plain_runs, row, "plain_")
+            | (_shared_seconds(speculative_runs, row, "") if is_speculative else {"decode_s": None, "prefill_s": None})
+            | _compare(decoder, chosen, plain, settings, is_speculative)
+        )
+    return rows
+
+
+def _run_without_compiling(
+    decoder: Decoder,
+    prompts: list[list[int]],
+    sampling: list[SamplingConfig],
+    settings: BenchmarkSettings,
+    is_plain: bool,
+) -> _Run:
+    counter = _compile_counter()
+    for _ in range(_MAX_ATTEMPTS):
+        before = counter.count
+        generations = decoder.generate(
+            prompts,
+            settings.max_new_tokens,
+            sampling,
+            settings.stop_ids,
+            rule=settings.rule,
+            block_size=1 if is_plain else settings.block_size,
+            use_head=settings.use_head,
+            batch_size=settings.batch_size,
+        )
+        run = _Run(generations, decoder.last_timings.prefill_s, decoder.last_timings.decode_s)
+        if counter.count == before:
+            break
+    return run
+
+
+def _shared_seconds(runs: list[_Run], row: int, prefix: str) -> dict[str, float]:
+    tokens = [decoded_tokens(g.output_ids) for g in runs[0].generations]
+    share = tokens[row] / sum(tokens) if sum(tokens) else 1 / len(tokens)
+    return {
+        f"{prefix}decode_s": median(run.decode_s for run in runs) * share,
+        f"{prefix}prefill_s": median(run.prefill_s for run in runs) / len(tokens),
+    }
+
+
+def _make_row(
+    chosen: Generation, plain: Generation, settings: BenchmarkSettings, sampling: SamplingConfig, is_speculative: bool
+) -> Row:
+    lengths = chosen.stats.acceptance_lengths
+    if settings.block_size == 1:
+        lengths = [1] * decoded_tokens(chosen.output_ids)  # plain decoding: a round is a token
+    return {
+        "prompt_ids": chosen.prompt_ids,
+        "output_ids": chosen.output_ids,
+        "plain_output_ids": plain.output_ids,
+        "acceptance_lengths": lengths if is_speculative else None,
+        "num_draft_tokens": chosen.stats.num_draft_tokens,
+        "token_sources": chosen.token_sources,
+        "finish_reason": chosen.finish_reason,
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": sampling.temperature,
+        "seed": sampling.seed,
+    }
+
+
+def _compare(
+    decoder: Decoder, chosen: Generation, plain: Generation, settings: BenchmarkSettings, is_speculative: bool
+) -> Row:
+    is_promised = settings.rule == "seed-exact" or settings.sampling.temperature == 0
+    place, margin = None, None
+    if is_speculative and is_promised and chosen.output_ids != plain.output_ids:
+        place = next(
+            (i for i, (a, b) in enumerate(zip(chosen.output_ids, plain.output_ids, strict=False)) if a != b),
+            min(len(chosen.output_ids), len(plain.output_ids)),
+        )
+        if settings.sampling.temperature == 0 and place < min(len(chosen.output_ids), len(plain.output_ids)):
+            margin = _target_margin(decoder, chosen, plain, place)
+    return {
+        "identical": chosen.output_ids == plain.output_ids if is_speculative and is_promised else None,
+        "first_difference": place,
+        "target_margin": margin,
+    }
+
+
+def _target_margin(decoder: Decoder, chosen: Generation, plain: Generation, place: int) -> float:
+    target = Qwen3(decoder.settings.target, dtype=jnp.dtype(decoder.settings.dtype))
+    variables = {"params": decoder.params.target}
+    ids = jnp.asarray([plain.prompt_ids + plain.output_ids[:place]], jnp.int32)
+    hidden = target.apply(variables, ids).hidden[0, -1]
+    logits = target.apply(variables, hidden, method=Qwen3.logits)
+    return float(jnp.abs(logits[plain.output_ids[place]] - logits[chosen.output_ids[place]]))
+
+
+def write_rows(path: Path | None, rows: Iterable[Row]) -> list[Row]:
+    """Write rows as JSONL, each as soon as it is there, and return them; without a path they are only returned."""
+    if path is None:
+        return list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = []
+    with path.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+            written.append(row)
+    return written
+
+
+def format_table(table: dict[str, Any]) -> str:
+    """Return the lines that `bench.py` prints for the result of `metrics.summarise`."""
+
+    def number(value: float | None, form: str = ".2f") -> str:
+        return "-" if value is None else format(value, form)
+
+    reasons = ", ".join(f"{name} {count}" for name, count in table["finish_reasons"].items())
+    lines = [
+        ("prompts decoded", f"{table['num_rows']} ({reasons})"),
+        ("new tokens", str(table["num_new_tokens"])),
+        ("repeated 4-grams", number(table["repeated_ngrams"], ".1%")),
+        ("plain loop, tokens/s", number(table["plain_tokens_per_s"], ".1f")),
+    ]
+    if "tau_prompts" in table:
+        speed = table["speed_up"]
+        interval = f" [{speed.low:.2f}, {speed.high:.2f}] (95 %)" if speed and speed.low is not None else ""
+        same = f"{table['num_identical']} of {table['num_compared']}" if table["num_compared"] else "not promised"
+        slots = " ".join(number(slot.share) for slot in table["acceptance_by_slot"])
+        lines += [
+            ("speculative loop, tokens/s", number(table["tokens_per_s"], ".1f")),
+            ("speed-up over the plain loop", (number(speed.ratio) if speed else "-") + interval),
+            ("tau, mean over prompts", number(table["tau_prompts"])),
+            ("tau, mean over rounds", number(table["tau_rounds"])),
+            ("acceptance by slot", slots),
+            ("identical to plain decoding", same),
+        ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
