@@ -423,7 +423,10 @@ class CorpusConfig:
         num_train_chats: chats the target learns from.
         num_draft_chats: prompts whose responses the target writes again for the drafter; 0: all training prompts.
         num_eval_chats: held-out chats, from modules nothing was trained on.
+        max_length: context of the target, in tokens.
         target_steps: optimizer steps of the target's own training.
+        bucket_widths: static lengths its chats are padded to.
+        tokens_per_batch: padded tokens of one of its steps.
         response_max_new_tokens: token budget of a regenerated response.
     """
 
@@ -439,7 +442,9 @@ class CorpusConfig:
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
     head_dim: int = 64
-    target_batch_size: int = 32
+    rope_theta: float = 10_000.0
+    bucket_widths: tuple[int, ...] = (64, 96, 128)
+    tokens_per_batch: int = 3072
     target_steps: int = 1500
     target_learning_rate: float = 2e-3
     response_batch_size: int = 64
@@ -452,7 +457,8 @@ class CorpusConfig:
             "num_eval_chats",
             "max_length",
             "vocab_size",
-            "target_batch_size",
+            "tokens_per_batch",
+            "rope_theta",
             "target_steps",
             "target_learning_rate",
             "response_batch_size",
@@ -513,7 +519,7 @@ def from_json_dict(config_type: type[_T], values: dict[str, Any], path: str = ""
         ConfigError: an unknown name, a value of the wrong type or out of range; the message names its path.
     """
     hints = typing.get_type_hints(config_type)
-    names = [f.name for f in dataclasses.fields(config_type)]  # type: ignore[arg-type]
+    names = [f.name for f in dataclasses.fields(config_type)]
     arguments = {}
     for name, value in values.items():
         where = f"{path}{name}"

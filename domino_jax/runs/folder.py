@@ -1,0 +1,124 @@
+"""The folder of one run: where each stage leaves its result, and the configuration all of them belong to.
+
+Knows paths and the stored configuration, nothing about models or training.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from domino_jax.checkpoints.train_state import diff_configs
+from domino_jax.config import RunConfig, to_json_dict
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths below `output_dir/name`."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """Resolved configuration (JSON)."""
+        return self.root / "config.json"
+
+    @property
+    def train_chats(self) -> Path:
+        """Chats the embedded target learns from (JSONL)."""
+        return self.root / "corpus" / "train.jsonl"
+
+    @property
+    def eval_chats(self) -> Path:
+        """Held-out chats of the embedded corpus (JSONL)."""
+        return self.root / "corpus" / "eval.jsonl"
+
+    @property
+    def target(self) -> Path:
+        """The embedded target in Hugging Face format, tokenizer included."""
+        return self.root / "target"
+
+    @property
+    def target_checkpoints(self) -> Path:
+        """Checkpoints of the embedded target's own training."""
+        return self.root / "target_checkpoints"
+
+    @property
+    def responses(self) -> Path:
+        """Chats whose assistant turns the target wrote (JSONL)."""
+        return self.root / "responses.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the drafter's training: `latest` and `best`."""
+        return self.root / "checkpoints"
+
+    @property
+    def best_draft(self) -> Path:
+        """The drafter with the highest decoded tau, in the public layout."""
+        return self.root / "draft"
+
+    @property
+    def latest_draft(self) -> Path:
+        """The drafter after the last step, in the public layout."""
+        return self.root / "draft_latest"
+
+    @property
+    def metrics(self) -> Path:
+        """Metric rows of all stages (JSONL)."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The report's folder: `report.md`, plots, raw rows, coloured samples."""
+        return self.root / "report"
+
+
+def open_run(config: RunConfig) -> RunFolder:
+    """Make the run's folder, or go on in one that holds the same configuration.
+
+    Raises:
+        RunError: the folder belongs to a run with another configuration; the message lists every difference.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    folder.root.mkdir(parents=True, exist_ok=True)
+    now = json.loads(json.dumps(to_json_dict(config)))
+    if folder.config.exists():
+        differences = diff_configs(json.loads(folder.config.read_text()), now)
+        if differences:
+            raise RunError(
+                f"{folder.root} holds a run with another configuration; go on with the same one, give this run another "
+                "--config.name, or remove the folder:\n  " + "\n  ".join(differences)
+            )
+    else:
+        write_text(folder.config, json.dumps(now, indent=2) + "\n")
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def build_once(path: Path, build: Callable[[Path], Any]) -> None:
+    """Let `build` fill a folder or file beside `path` and move it there when whole; do nothing where `path` exists."""
+    if path.exists():
+        return
+    unfinished = path.with_name(path.name + ".part")
+    if unfinished.is_dir():
+        for file in sorted(unfinished.rglob("*"), reverse=True):
+            file.rmdir() if file.is_dir() else file.unlink()
+        unfinished.rmdir()
+    unfinished.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    build(unfinished)
+    os.replace(unfinished, path)

@@ -1,0 +1,128 @@
+"""What a person sees of a run, and what is kept of it: progress bar, TensorBoard, one JSONL of metric rows.
+
+On a terminal a bar moves; elsewhere (a log file, CI) a line is printed now and then. Rows are plain numbers.
+"""
+
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+class StageProgress:
+    """The progress of one stage; made by `RunMonitor.stage`."""
+
+    def __init__(self, name: str, total: int, done: int, console: Console, bar: Progress | None) -> None:
+        self._name, self._total, self._done, self._console, self._bar = name, total, done, console, bar
+        self._task = bar.add_task(name, total=total, completed=done, shown="") if bar else None
+        self._began, self._began_at, self._printed = time.monotonic(), done, 0.0
+
+    def advance(self, count: int = 1, **shown: float | str | None) -> None:
+        """Count `count` more items and show the values given; None values are left out."""
+        self._done += count
+        text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items() if v is not None)
+        if self._bar is not None and self._task is not None:
+            fields = {"shown": text} if text else {}
+            self._bar.update(self._task, completed=self._done, **fields)
+            return
+        now = time.monotonic()
+        if text and (now - self._printed >= _SECONDS_BETWEEN_LINES or self._done >= self._total):
+            self._printed = now
+            rate = (self._done - self._began_at) / max(now - self._began, 1e-9)
+            left_s = (self._total - self._done) / max(rate, 1e-9)
+            self._console.print(f"{self._name}: {self._done}/{self._total}  {text}  left {_clock(left_s)}")
+
+
+class RunMonitor:
+    """Progress and metrics of a run.
+
+    Attributes:
+        console: where messages go.
+    """
+
+    def __init__(self, metrics_path: Path | None, tensorboard_dir: Path | None) -> None:
+        """Append to the metrics of an earlier part of the run, if there is one; None keeps no metrics."""
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._path = metrics_path
+        if metrics_path:
+            metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = SummaryWriter(str(tensorboard_dir)) if tensorboard_dir else None
+
+    def say(self, text: str) -> None:
+        """Print a message."""
+        self.console.print(text, markup=False)
+
+    def log(self, stage: str, step: int, values: Mapping[str, float | list[float]]) -> None:
+        """Keep one row; single numbers also go to TensorBoard as `stage/name`."""
+        row = {"stage": stage, "step": step, **values}
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            if self._writer and isinstance(value, int | float):
+                self._writer.add_scalar(f"{stage}/{name}", value, step)
+
+    def drop_rows_after(self, stage: str, step: int) -> None:
+        """Forget rows of `stage` past `step`: a run that resumes there writes them again."""
+        if self._path and self._path.exists():
+            kept = [row for row in read_rows(self._path) if row["stage"] != stage or row["step"] <= step]
+            unfinished = self._path.with_name(self._path.name + ".part")
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(unfinished, self._path)
+
+    @contextmanager
+    def stage(self, name: str, total: int, done: int = 0) -> Iterator[StageProgress]:
+        """Show the progress of a stage of `total` items, `done` of which were done before."""
+        if not self.console.is_terminal:
+            self.say(f"{name}: {done}/{total}")
+            yield StageProgress(name, total, done, self.console, None)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[shown]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            yield StageProgress(name, total, done, self.console, bar)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        if self._writer:
+            self._writer.close()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the metric rows of a file; a last line cut by an interruption is left out."""
+    return list(_whole_rows(path.read_text(encoding="utf-8").splitlines()))
+
+
+def _whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _short(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

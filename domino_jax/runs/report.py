@@ -1,0 +1,219 @@
+"""The report at the end of a run: what was measured on held-out prompts, in words, tables and plots.
+
+Everything in it is computed from rows that lie beside it (decoded prompts of both loops with their seconds, and the
+run's metrics), so that it can be recomputed and checked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from domino_jax.checkpoints.huggingface import load_draft
+from domino_jax.config import RunConfig, SamplingConfig
+from domino_jax.data.stdlib_chats import Chat, check_answer
+from domino_jax.decoding.generate import Decoder
+from domino_jax.evaluation.benchmark import BenchmarkSettings, measure, write_rows
+from domino_jax.evaluation.metrics import Row, acceptance_by_slot, summarise, tau_over_prompts
+from domino_jax.evaluation.prompts import Prompt
+from domino_jax.runs.draft import TargetModel, read_held_out
+from domino_jax.runs.embedded import decode_answer, read_corpus_chats
+from domino_jax.runs.folder import RunFolder, write_text
+from domino_jax.runs.held_out import HeldOutPrompts, acceptance_lengths, decode_held_out
+from domino_jax.runs.monitor import RunMonitor, read_rows
+from domino_jax.runs.pages import plot_metrics, render_samples, render_table
+
+_TIMED_PROMPTS, _TIMED_REPEATS = 16, 3
+_BATCH = 32
+_WIDTHS = (4, 6, 8, 12)
+_NUM_SAMPLES = 6
+_SAMPLED = SamplingConfig(temperature=0.7, seed=1)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is reported on."""
+
+    config: RunConfig
+    folder: RunFolder
+    target: TargetModel
+    decoder: Decoder
+    held_out: HeldOutPrompts
+    chats: list[Chat]
+    monitor: RunMonitor
+
+    def measure(self, name: str, prompts: Sequence[list[int]], **settings: Any) -> list[Row]:
+        """Decode `prompts` with both loops, keep the rows under `name` and return them."""
+        benchmark = BenchmarkSettings(self.held_out.max_new_tokens, stop_ids=self.held_out.stop_ids, **settings)
+        rows = measure(self.decoder, [Prompt(prompt_ids=ids) for ids in prompts], benchmark, None)
+        return write_rows(self.folder.report / f"rows_{name}.jsonl", self._show(name, rows, len(prompts)))
+
+    def _show(self, name: str, rows: Any, total: int) -> Any:
+        with self.monitor.stage(f"report: {name}", total) as progress:
+            for row in rows:
+                progress.advance(tau=sum(row["acceptance_lengths"]) / max(len(row["acceptance_lengths"]), 1))
+                yield row
+
+
+def write_report(
+    config: RunConfig, folder: RunFolder, target: TargetModel, eval_path: str, monitor: RunMonitor
+) -> None:
+    """Measure the best drafter on held-out prompts and write `report/report.md` with its plots, rows and samples.
+
+    Without held-out chats the report holds the training curves only. A report that is there is left alone.
+    """
+    path = folder.report / "report.md"
+    if path.exists():
+        monitor.say(f"report: {path}")
+        return
+    limit = config.corpus.num_eval_chats if config.corpus else 4 * config.train.eval_prompts
+    held_out = read_held_out(config, eval_path, target, limit)
+    metrics = read_rows(folder.metrics)
+    if held_out is None:
+        plots = plot_metrics(metrics, {}, folder.report)
+        write_text(path, _join([f"# Run {config.name}", "No held-out chats: nothing was decoded.", *_images(plots)]))
+        return
+    draft = load_draft(str(folder.best_draft), "float32")
+    decoder = Decoder(target.config, target.params, draft.config, draft.params, config.target.dtype)
+    chats = read_corpus_chats(folder.eval_chats)[: len(held_out.prompt_ids)] if config.corpus else []
+    subject = _Subject(config, folder, target, decoder, held_out, chats, monitor)
+    text = _report_text(subject, metrics)
+    write_text(path, text)
+    monitor.say(text)
+    monitor.say(f"report: {path}")
+
+
+def _report_text(subject: _Subject, metrics: list[dict[str, Any]]) -> str:
+    prompts = subject.held_out.prompt_ids
+    greedy = subject.measure("greedy", prompts, batch_size=_BATCH)
+    sampled = subject.measure("sampled", prompts, batch_size=_BATCH, sampling=_SAMPLED)
+    widths = _time_widths(subject, prompts[:_TIMED_PROMPTS])
+    has_head = subject.decoder.settings.draft.has_head
+    head_off = _decode_head_off(subject) if has_head else None
+    slots = {"head on": _slot_shares(summarise(greedy))}
+    if head_off:
+        slots["head off"] = head_off["slots"]
+    plots = plot_metrics(metrics, slots, subject.folder.report)
+    write_text(subject.folder.report / "samples.html", render_samples(_samples(subject, greedy)))
+    sections = [
+        f"# Run {subject.config.name}",
+        f"Device: {jax.devices()[0].device_kind}, jax {jax.__version__}. {len(prompts)} held-out prompts, at most "
+        f"{subject.held_out.max_new_tokens} new tokens each. Rows: `rows_*.jsonl`; settings: `../config.json`.",
+        "## Text and acceptance",
+        render_table([_quality_row(subject, "greedy", greedy), _quality_row(subject, "T = 0.7", sampled)]),
+        _head_sentence(summarise(greedy), head_off),
+        "## Speed at batch 1, greedy",
+        render_table(widths),
+        _best_sentence(widths),
+        "## Plots",
+        *_images(plots),
+        "Answers coloured by who wrote each token: [samples.html](samples.html)",
+    ]
+    return _join(sections)
+
+
+def _quality_row(subject: _Subject, name: str, rows: list[Row]) -> dict[str, Any]:
+    table = summarise(rows)
+    return {
+        "decoding": name,
+        "identical to plain": f"{table['num_identical']} of {table['num_compared']}",
+        "exact match, plain": _exact_match(subject, rows, "plain_output_ids"),
+        "exact match, speculative": _exact_match(subject, rows, "output_ids"),
+        "repeated 4-grams": table["repeated_ngrams"],
+        "mean new tokens": table["num_new_tokens"] / table["num_rows"],
+        "tau (prompts)": table["tau_prompts"],
+        "tau (rounds)": table["tau_rounds"],
+    }
+
+
+def _exact_match(subject: _Subject, rows: list[Row], field: str) -> float | None:
+    """Return the share of answers a program accepts; None for chats whose answers cannot be checked."""
+    if not subject.chats:
+        return None
+    by_prompt = {row["prompt_index"]: row for row in rows}
+    return sum(_is_right(subject, i, by_prompt[i][field]) for i in range(len(subject.chats))) / len(subject.chats)
+
+
+def _is_right(subject: _Subject, index: int, output_ids: Sequence[int]) -> bool:
+    answer = decode_answer(subject.target.tokenizer, output_ids, subject.held_out.stop_ids)
+    return check_answer(subject.chats[index], answer)
+
+
+def _decode_head_off(subject: _Subject) -> dict[str, Any]:
+    generations = decode_held_out(subject.decoder, subject.held_out, use_head=False, batch_size=_BATCH)
+    lengths = acceptance_lengths(generations)
+    budgets = [subject.held_out.max_new_tokens] * len(generations)
+    slots = acceptance_by_slot(lengths, generations[0].stats.num_draft_tokens, budgets)
+    return {"tau": tau_over_prompts(lengths), "slots": [slot.share or 0.0 for slot in slots]}
+
+
+def _slot_shares(table: dict[str, Any]) -> list[float]:
+    return [slot.share or 0.0 for slot in table["acceptance_by_slot"]]
+
+
+def _head_sentence(table: dict[str, Any], head_off: dict[str, Any] | None) -> str:
+    if head_off is None:
+        return "The drafter has no head."
+    on, off = table["tau_prompts"], head_off["tau"]
+    return f"tau with the head on is {on:.3f}, off {off:.3f}: {100 * (on / off - 1):+.1f} %."
+
+
+def _time_widths(subject: _Subject, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    trained = subject.decoder.settings.draft.block_size
+    results = []
+    for width in [w for w in _WIDTHS if w < trained] + [trained]:
+        rows = subject.measure(f"width_{width}", prompts, block_size=width, repeats=_TIMED_REPEATS)
+        table = summarise(rows)
+        speed = table["speed_up"]
+        results.append(
+            {
+                "block width": width,
+                "tau (prompts)": table["tau_prompts"],
+                "plain tokens/s": table["plain_tokens_per_s"],
+                "speculative tokens/s": table["tokens_per_s"],
+                "speed-up": speed.ratio if speed else None,
+                "95 % low": speed.low if speed else None,
+                "95 % high": speed.high if speed else None,
+            }
+        )
+    return results
+
+
+def _best_sentence(widths: list[dict[str, Any]]) -> str:
+    measured = [row for row in widths if row["speed-up"] is not None]
+    if not measured:
+        return "Nothing was decoded past the first token: no speed can be given."
+    best = max(measured, key=lambda row: row["speed-up"])
+    return (
+        f"Best block width here: {best['block width']}, {best['speed-up']:.2f} times the lean plain loop "
+        "(decode time a token, prefill left out)."
+    )
+
+
+def _samples(subject: _Subject, rows: list[Row]) -> list[dict[str, Any]]:
+    samples = []
+    decode = subject.target.tokenizer.decode
+    for row in sorted(rows, key=lambda r: r["prompt_index"])[:_NUM_SAMPLES]:
+        lengths = row["acceptance_lengths"]
+        samples.append(
+            {
+                "prompt": decode(row["prompt_ids"]),
+                "tokens": [
+                    (decode([token]), source)
+                    for token, source in zip(row["output_ids"], row["token_sources"], strict=True)
+                ],
+                "tau": sum(lengths) / max(len(lengths), 1),
+                "is_right": _is_right(subject, row["prompt_index"], row["output_ids"]) if subject.chats else None,
+            }
+        )
+    return samples
+
+
+def _images(names: Sequence[str]) -> list[str]:
+    return [f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in names]
+
+
+def _join(sections: Sequence[str]) -> str:
+    return "\n\n".join(sections) + "\n"

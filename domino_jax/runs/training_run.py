@@ -1,0 +1,65 @@
+"""A training run from configuration to report, stage by stage; what `train.py` runs."""
+
+from domino_jax.checkpoints.huggingface import load_target, resolve_directory
+from domino_jax.config import CorpusConfig, RunConfig
+from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.decoding.generate import Decoder
+from domino_jax.runs.draft import TargetModel, train_draft
+from domino_jax.runs.embedded import build_corpus, build_target, prompt_messages, read_corpus_chats
+from domino_jax.runs.folder import RunFolder, open_run
+from domino_jax.runs.monitor import RunMonitor
+from domino_jax.runs.report import write_report
+from domino_jax.runs.responses import ResponseSettings, regenerate
+
+
+def run_training(config: RunConfig) -> None:
+    """Do every stage that the run's folder does not hold yet.
+
+    Raises:
+        RunStopped: the run was asked to stop and has saved.
+        RunError: the folder belongs to a run with another configuration.
+        ValueError: of the room that found a mistake in data, checkpoint or configuration.
+    """
+    folder = open_run(config)
+    monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
+    try:
+        train_path, eval_path = config.data.train_path, config.data.eval_path
+        if config.corpus:
+            build_corpus(config, config.corpus, folder, monitor)
+            build_target(config, config.corpus, folder, monitor)
+        target = load_target_model(config, folder)
+        if config.corpus:
+            _answer_prompts(config, config.corpus, folder, target, monitor)
+            train_path, eval_path = str(folder.responses), str(folder.eval_chats)
+        train_draft(config, folder, target, train_path, eval_path, monitor)
+        write_report(config, folder, target, eval_path, monitor)
+    finally:
+        monitor.close()
+
+
+def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
+    """Load the target the run trains for, with its tokenizer.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be used.
+        ChatTemplateError: the tokenizer cannot be used.
+    """
+    path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
+    target_config, params = load_target(path, config.target.dtype)
+    return TargetModel(path, target_config, params, load_tokenizer(path))
+
+
+def _answer_prompts(
+    config: RunConfig, corpus: CorpusConfig, folder: RunFolder, target: TargetModel, monitor: RunMonitor
+) -> None:
+    prompts = prompt_messages(read_corpus_chats(folder.train_chats))
+    prompts = prompts[: corpus.num_draft_chats or None]
+    settings = ResponseSettings(
+        max_new_tokens=corpus.response_max_new_tokens,
+        max_prompt_tokens=target.config.max_position_embeddings - corpus.response_max_new_tokens,
+        batch_size=corpus.response_batch_size,
+        enable_thinking=config.data.enable_thinking,
+    )
+    decoder = Decoder(target.config, target.params, dtype=config.target.dtype)
+    stop_ids = find_stop_ids(target.tokenizer, target.path)
+    regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
