@@ -19,7 +19,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 HELD_OUT_SHARE = 0.15
 """Share of top-level modules whose material is only ever used for held-out chats."""
@@ -127,8 +126,8 @@ def is_held_out(module: str) -> bool:
     return digest[0] < HELD_OUT_SHARE * 256
 
 
-def read_material(module: str, path: Path) -> Material | None:
-    """Return what `path` offers, or None for a file that this Python cannot parse."""
+def read_material(module: str, path: Path, with_bodies: bool = False) -> Material | None:
+    """Return what `path` offers (`bodies` only when asked: they take longest), or None for a file that does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -139,7 +138,9 @@ def read_material(module: str, path: Path) -> Material | None:
     material = Material(module, [], [], [], [], [])
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
-            _collect_function(node, source, material)
+            _collect_signature(node, material)
+            if with_bodies:
+                _collect_body(node, material)
         elif isinstance(node, ast.Dict):
             _collect_pairs(list(zip(node.keys, node.values, strict=True)), material)
         elif isinstance(node, ast.Call):
@@ -165,8 +166,7 @@ def _literal_source(node: ast.expr) -> str | None:
     return source if is_short and not source.startswith("...") else None
 
 
-def _collect_function(node: ast.FunctionDef, source: str, material: Material) -> None:
-    _collect_body(node, source, material)
+def _collect_signature(node: ast.FunctionDef, material: Material) -> None:
     arguments = node.args
     if arguments.vararg or arguments.kwarg or (node.name.startswith("__") and node.name != "__init__"):
         return
@@ -222,7 +222,7 @@ def _collect_import(module: str, names: list[str], material: Material) -> None:
         material.imports.append((module, tuple(names)))
 
 
-def _collect_body(node: ast.FunctionDef, source: str, material: Material) -> None:
+def _collect_body(node: ast.FunctionDef, material: Material) -> None:
     docstring = ast.get_docstring(node)
     if not docstring or len(node.body) < 2 or node.decorator_list:
         return
@@ -290,16 +290,16 @@ class Task:
 
 
 TASKS = {
-    "call": Task("Call it with keyword arguments.", _solve_call),
-    "docs": Task("Document the parameters.", _solve_docs),
-    "flags": Task("Write a command line.", _solve_flags),
-    "init": Task("Write the attribute assignments.", _solve_init),
-    "json": Task("Convert to JSON.", _solve_json),
-    "imports": Task("Import one name a line.", _solve_imports),
+    "call": Task("Keyword call:", _solve_call),
+    "docs": Task("Parameters:", _solve_docs),
+    "flags": Task("Command line:", _solve_flags),
+    "init": Task("Attributes:", _solve_init),
+    "json": Task("JSON:", _solve_json),
+    "imports": Task("Split imports:", _solve_imports),
 }
 """Rewrites by name. The answer of each is a function of the prompt's text alone."""
 
-_BODY_INSTRUCTION = "Write the body of this function."
+_BODY_INSTRUCTION = "Function body:"
 
 
 def _make_chat(task: str, module: str, text: str) -> Chat:
@@ -443,15 +443,17 @@ def _body_chats(pool: _Pool, rng: random.Random) -> Iterator[Chat]:
         yield _join_chat("bodies", module, _BODY_INSTRUCTION, header, body)
 
 
-def build_chats(task: Literal["rewrites", "bodies"], seed: int, num_train: int, num_eval: int) -> ChatSplit:
-    """Return distinct training and held-out chats; the same seed and library give the same chats.
+def build_chats(task: str, seed: int, num_train: int, num_eval: int) -> ChatSplit:
+    """Return distinct training and held-out chats of `rewrites` or `bodies`; the same seed and library give the same chats.
 
     Raises:
         CorpusError: the library has too little material for the counts, or `task` is unknown.
     """
     if task not in ("rewrites", "bodies"):
         raise CorpusError(f"corpus task is {task!r}; allowed: 'rewrites', 'bodies'")
-    materials = [m for module, path in find_modules() if (m := read_material(module, path)) is not None]
+    with_bodies = task == "bodies"
+    read = (read_material(module, path, with_bodies) for module, path in find_modules())
+    materials = [material for material in read if material is not None]
     train_pool = _make_pool([m for m in materials if not is_held_out(m.module)])
     eval_pool = _make_pool([m for m in materials if is_held_out(m.module)])
     train_rng, eval_rng = random.Random(f"train-{seed}"), random.Random(f"eval-{seed}")

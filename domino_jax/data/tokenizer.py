@@ -8,6 +8,7 @@ Knows nothing about models or chats' content.
 Source: byte-level BPE of GPT-2; ChatML messages and the names of the special tokens as Qwen uses them.
 """
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,7 +63,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int = 409
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    # The template's own words come with every message; naming them often makes each a single token.
+    tokenizer.train_from_iterator(itertools.chain(texts, ["system", "user", "assistant"] * 1000), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
