@@ -168,7 +168,8 @@ class Decoder:
                 chunks, params, state, chunk_len, jnp.asarray(start, jnp.int32), last_hidden
             )
             start += chunk_len
-        state = jax.block_until_ready(choose_first(loop, params, state, last_hidden))
+        first = replace(loop, block_size=1, use_head=True)
+        state = jax.block_until_ready(choose_first(first, params, state, last_hidden))
         first_token_at = time.perf_counter()
         if loop.draft:
             state = decode_speculative(loop, params, state, propose)

@@ -27,6 +27,7 @@ from domino_jax.decoding.state import (
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import Qwen3, head_weight, project_to_vocabulary
+from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.sampling import (
     SamplingParams,
     choose_tokens,
@@ -117,7 +118,7 @@ def _roll_out_head(
     projected = head.apply(variables, hidden, method=DominoHead.project_hidden)
     prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
 
-    def step(carry: tuple, slot: tuple) -> tuple[tuple, Proposal]:
+    def step(carry: tuple, slot: tuple) -> tuple[tuple, tuple]:
         state, previous = carry
         logits, inner, slot_noise, is_corrected = slot
         state = head.apply(variables, state, embedding[previous], method=DominoHead.step)
@@ -126,13 +127,13 @@ def _roll_out_head(
         row_noise = None if slot_noise is None else slot_noise[:, None]
         chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
         tokens = chosen.tokens[:, 0]
-        return (state, tokens), Proposal(tokens, None if chosen.probs is None else chosen.probs[:, 0])
+        return (state, tokens), (tokens, None if chosen.probs is None else chosen.probs[:, 0])
 
     by_slot = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (base_logits, projected, noise))
     is_corrected = jnp.arange(base_logits.shape[1]) >= prefix_len
     start = (head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state), anchors)
-    _, proposals = jax.lax.scan(step, start, (*by_slot, is_corrected))
-    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), proposals)
+    _, drafted = jax.lax.scan(step, start, (*by_slot, is_corrected))
+    return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
 
 
 def verify_block(
@@ -156,8 +157,8 @@ def verify_block(
 
 
 def write_features(
-    settings: DecodeSettings, params: ModelParams, features: Array, start: Array, draft_cache: Params
-) -> Params:
+    settings: DecodeSettings, params: ModelParams, features: Array, start: Array, draft_cache: KVCache
+) -> KVCache:
     """Project target features and write them into the draft's context cache at positions `start ..`."""
     backbone = DraftBackbone(settings.draft, dtype=jnp.dtype(settings.dtype))
     variables = {"params": params.draft["backbone"]}

@@ -26,7 +26,7 @@ class DominoHead(nn.Module):
     """
 
     config: DraftConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Declare the parameters."""

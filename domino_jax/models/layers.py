@@ -40,7 +40,7 @@ class DecoderLayer(nn.Module):
     rms_norm_eps: float
     rope_theta: float
     residual_scale: float = 1.0
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Declare the parameters."""

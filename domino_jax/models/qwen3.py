@@ -53,7 +53,7 @@ class Qwen3(nn.Module):
 
     config: TargetConfig
     capture_layers: tuple[int, ...] = ()
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         """Declare the parameters."""
