@@ -1,0 +1,100 @@
+import builtins
+import json
+
+import pytest
+
+from domino_jax.evaluation import prompts
+from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return path
+
+
+def test_the_three_forms(tmp_path):
+    chat = [{"role": "user", "content": "hi"}]
+    path = write(tmp_path, {"prompt": "a"}, "", {"messages": chat}, {"prompt_ids": [1, 2]})
+    expected = [Prompt(text="a"), Prompt(messages=chat), Prompt(prompt_ids=[1, 2])]
+    assert prompts.load_prompts(str(path)) == expected
+    assert prompts.load_prompts(str(path), limit=1) == expected[:1]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "Expecting"),
+        ([1], "a list"),
+        ({"text": "a"}, "none of the forms"),
+        ({"prompt": "a", "prompt_ids": [1]}, "prompt and prompt_ids"),
+        ({"prompt": ""}, "not empty"),
+        ({"prompt_ids": []}, "not empty"),
+        ({"prompt_ids": [1, -1]}, "0 or more"),
+        ({"prompt_ids": [True]}, "0 or more"),
+        ({"messages": [{"role": "user"}]}, "message 0"),
+        ({"messages": [{"role": "x", "content": "a"}]}, "allowed: system"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "end with the turn"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
+    path = write(tmp_path, {"prompt": "a"}, line)
+    with pytest.raises(PromptError, match="line 2") as caught:
+        prompts.load_prompts(str(path))
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_an_empty_file_and_an_unknown_name_are_refused(tmp_path):
+    with pytest.raises(PromptError, match="no prompt"):
+        prompts.load_prompts(str(write(tmp_path, "")))
+    with pytest.raises(PromptError, match="gsm8k, math500"):
+        prompts.load_prompts("gsm9k")
+
+
+def test_without_datasets_one_sentence(monkeypatch):
+    real_import = builtins.__import__
+
+    def fail(name, *args, **kwargs):
+        if name == "datasets":
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    with pytest.raises(PromptError, match="pip install"):
+        prompts.load_prompts("gsm8k")
+
+
+def test_sets_have_the_counts_of_the_paper():
+    assert {name: s.num_prompts for name, s in PROMPT_SETS.items()} == {
+        "gsm8k": 128,
+        "math500": 128,
+        "aime24": 30,
+        "aime25": 30,
+        "humaneval": 164,
+        "mbpp": 128,
+        "livecodebench": 128,
+        "swe-bench": 128,
+        "mt-bench": 80,
+        "alpaca": 128,
+    }
+
+
+def test_prompt_forms():
+    row = {
+        "question": "Q",
+        "problem": "Q",
+        "prompt": "Q",
+        "problem_statement": "Q",
+        "instruction": "Q",
+        "input": "I",
+        "question_content": "Q",
+        "starter_code": "",
+    }
+    turns = {name: s.to_turns(row) for name, s in PROMPT_SETS.items() if name != "mt-bench"}
+    assert turns["gsm8k"] == ["Q\nPlease reason step by step, and put your final answer within \\boxed{}."]
+    assert turns["humaneval"][0].endswith("tests:\n```python\nQ\n```")
+    assert turns["mbpp"] == ["Q"]
+    assert turns["alpaca"] == ["Q\n\nInput:\nI"]
+    assert "# YOUR CODE HERE" in turns["livecodebench"][0]
+    assert PROMPT_SETS["mt-bench"].to_turns({"prompt": ["one", "two"]}) == ["one", "two"]
