@@ -222,7 +222,7 @@ def block_losses(
         lengths = jnp.full(input_ids.shape[:1], input_ids.shape[1], jnp.int32)
     embedding, head, features = jax.lax.stop_gradient((embedding, head, features))
     blocks = build_blocks(draft_config, input_ids, loss_mask, lengths, anchor_pos, keep_mask, gamma)
-    backbone, variables = DraftBackbone(draft_config, compute_dtype), {"params": draft_params["backbone"]}
+    backbone, variables = DraftBackbone(draft_config, jnp.dtype(compute_dtype)), {"params": draft_params["backbone"]}
     context = backbone.apply(variables, features, method="project_context")
     hidden = backbone.apply(variables, context, embedding[blocks.token_ids], anchor_pos, method="train")
     sums = sum_in_chunks(draft_config, draft_params, embedding, head, hidden, blocks, head_chunk)

@@ -14,7 +14,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import DTypeLike
 
 from domino_jax.config import DraftConfig, ObjectiveConfig, OptimizerConfig, TargetConfig
 from domino_jax.models.domino_head import init_draft_params
@@ -62,12 +61,12 @@ def create_train_state(
     """
     init_key, anchor_key = jax.random.split(key)
     if params is None:
-        params = init_draft_params(draft_config, init_key)
+        params = jax.jit(init_draft_params, static_argnums=0)(draft_config, init_key)
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=build_optimizer(optimizer).init(params),
+        opt_state=jax.jit(build_optimizer(optimizer).init)(params),
         key_data=jax.random.key_data(anchor_key),
     )
 
@@ -83,11 +82,11 @@ def _make_micro_loss(
     target_config: TargetConfig,
     draft_config: DraftConfig,
     objective: ObjectiveConfig,
-    compute_dtype: DTypeLike,
-    target_dtype: DTypeLike,
+    compute_dtype: str,
+    target_dtype: str,
 ) -> Callable[..., LossSums]:
     """Return the sums of one micro-step as a function of the drafter's parameters and the batch."""
-    target = Qwen3(target_config, draft_config.target_layer_ids, target_dtype)
+    target = Qwen3(target_config, draft_config.target_layer_ids, jnp.dtype(target_dtype))
 
     def micro_loss(
         params: Params,
@@ -141,9 +140,7 @@ def make_train_step(
     The metrics are those of `compute_metrics`, and `base_weight`, `learning_rate`, `grad_norm` (before clipping),
     `loss_weight` (the global sum of weights) and `num_blocks` (blocks with a scored slot).
     """
-    micro_loss = _make_micro_loss(
-        target_config, draft_config, objective, jnp.dtype(compute_dtype), jnp.dtype(target_dtype)
-    )
+    micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
     transform = build_optimizer(optimizer)
     base_weights = base_weight_schedule(objective, num_steps)
     learning_rates = learning_rate_schedule(optimizer, num_steps)
@@ -180,7 +177,7 @@ def make_train_step(
         metrics = compute_metrics(sums, base_weight) | {
             "base_weight": base_weight,
             "learning_rate": learning_rate,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "loss_weight": sums.loss_den,
             "num_blocks": sums.accept_den,
         }
@@ -201,9 +198,7 @@ def make_eval_step(
     It scores `[sequences, tokens]` teacher-forced, without an update. Add the sums of several batches with
     `add_sums` and read them with `compute_metrics`; the same key draws the same anchors.
     """
-    micro_loss = _make_micro_loss(
-        target_config, draft_config, objective, jnp.dtype(compute_dtype), jnp.dtype(target_dtype)
-    )
+    micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
 
     def eval_step(
         params: Params,

@@ -1,3 +1,4 @@
+import functools
 import json
 
 import jax
@@ -32,6 +33,7 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 
 
+@functools.cache
 def load_case(golden_dir, name):
     from domino_jax.checkpoints.huggingface import load_draft, load_target
     from domino_jax.models.qwen3 import head_weight
@@ -43,12 +45,16 @@ def load_case(golden_dir, name):
     return draft, target["embed_tokens"], head_weight(target), case, about
 
 
-def losses_of(draft_config, embedding, head, case, gamma, head_chunk=5):
-    from domino_jax.training.loss import block_losses
+@functools.cache
+def compile_losses(golden_dir, name, gamma, head_chunk=5, with_gradients=True):
+    """Compile `(params, base_weight, anchors, keep) -> (sums, metrics), gradients of the mean`, once for all tests."""
+    from domino_jax.training.loss import block_losses, mix_losses
 
-    def losses(params, base_weight):
-        return block_losses(
-            draft_config,
+    draft, embedding, head, case, _ = load_case(golden_dir, name)
+
+    def mean(params, base_weight, anchors, keep):
+        sums, metrics = block_losses(
+            draft.config,
             params,
             embedding,
             head,
@@ -56,33 +62,39 @@ def losses_of(draft_config, embedding, head, case, gamma, head_chunk=5):
             jnp.asarray(case["input_ids"], jnp.int32),
             jnp.asarray(case["loss_mask"]),
             None,
-            jnp.asarray(case["anchor_positions"], jnp.int32),
-            jnp.asarray(case["block_keep_mask"]),
+            anchors,
+            keep,
             gamma,
             base_weight,
             head_chunk,
         )
+        return mix_losses(sums, base_weight) / jnp.maximum(sums.loss_den, 1.0), (sums, metrics)
 
-    return losses
+    if with_gradients:
+        return jax.jit(lambda *arguments: jax.grad(mean, has_aux=True)(*arguments)[::-1])
+    return jax.jit(lambda *arguments: (mean(*arguments)[1], None))
 
 
-def gradients_of(losses, params, base_weight):
-    from domino_jax.training.loss import mix_losses
-
-    def mean(p):
-        sums, _ = losses(p, base_weight)
-        return mix_losses(sums, base_weight) / sums.loss_den
-
-    return jax.jit(jax.grad(mean))(params)
+def run_case(golden_dir, name, gamma, base_weight, keep=None, **settings):
+    draft, _, _, case, _ = load_case(golden_dir, name)
+    losses = compile_losses(golden_dir, name, gamma, **settings)
+    anchors = jnp.asarray(case["anchor_positions"], jnp.int32)
+    keep = jnp.asarray(case["block_keep_mask"] if keep is None else keep)
+    return losses(draft.params, jnp.float32(base_weight), anchors, keep)
 
 
 @pytest.mark.parametrize("name", DRAFTS)
 def test_losses_and_metrics_equal_golden(golden_dir, name):
-    draft, embedding, head, case, about = load_case(golden_dir, name)
+    _, _, _, _, about = load_case(golden_dir, name)
     for label, run in about["runs"].items():
-        gamma = 7.0 if label.startswith("gamma_7") else 0.0
-        losses = jax.jit(losses_of(draft.config, embedding, head, case, gamma))
-        sums, metrics = losses(draft.params, run.get("lambda_base", 0.0))
+        has_decay = label.startswith("gamma_7")
+        (sums, metrics), _ = run_case(
+            golden_dir,
+            name,
+            7.0 if has_decay else 0.0,
+            run.get("lambda_base", 0.5),
+            with_gradients=has_decay,
+        )
         for golden_name, ours in NAMES.items():
             if golden_name in run:
                 np.testing.assert_allclose(
@@ -100,8 +112,8 @@ def test_losses_and_metrics_equal_golden(golden_dir, name):
 def test_gradients_equal_golden(golden_dir, name):
     from domino_jax.checkpoints.huggingface import draft_table
 
-    draft, embedding, head, case, _ = load_case(golden_dir, name)
-    grads = gradients_of(losses_of(draft.config, embedding, head, case, 7.0), draft.params, 0.5)
+    draft, _, _, case, _ = load_case(golden_dir, name)
+    _, grads = run_case(golden_dir, name, 7.0, 0.5, with_gradients=True)
     reference = {k.removeprefix("grad."): v for k, v in case.items() if k.startswith("grad.")}
     rows = draft_table(draft.config)
     assert {row.public for row in rows} == set(reference)
@@ -133,37 +145,27 @@ def test_logits_equal_golden(golden_dir, name):
     np.testing.assert_allclose(corrected, case["final_logits"][kept][:, first:], rtol=1e-4, atol=2e-4)
 
 
-@pytest.mark.parametrize("name", ["A", "E"])
-def test_chunks_do_not_change_losses_or_gradients(golden_dir, name):
-    draft, embedding, head, case, _ = load_case(golden_dir, name)
-    whole = gradients_of(losses_of(draft.config, embedding, head, case, 7.0, 64), draft.params, 0.3)
-    for head_chunk in (1, 5):
-        chunked = gradients_of(losses_of(draft.config, embedding, head, case, 7.0, head_chunk), draft.params, 0.3)
-        for got, expected in zip(jax.tree.leaves(chunked), jax.tree.leaves(whole), strict=True):
-            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+@pytest.mark.parametrize("head_chunk", [1, 64])
+def test_chunks_do_not_change_losses_or_gradients(golden_dir, head_chunk):
+    expected_result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True)
+    result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True, head_chunk=head_chunk)
+    for got, expected in zip(jax.tree.leaves(result), jax.tree.leaves(expected_result), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
 
 
 def test_dropped_blocks_add_nothing(golden_dir):
-    draft, embedding, head, case, _ = load_case(golden_dir, "A")
-    dropped = dict(case, block_keep_mask=np.zeros_like(case["block_keep_mask"]))
-    losses = losses_of(draft.config, embedding, head, dropped, 7.0)
-    sums, metrics = losses(draft.params, 0.5)
-    assert not any(np.any(x) for x in jax.tree.leaves((sums, metrics)))
-    grads = jax.grad(lambda p: losses(p, 0.5)[0].loss_num)(draft.params)
-    assert not any(np.any(x) for x in jax.tree.leaves(grads))
+    _, _, _, case, _ = load_case(golden_dir, "E")
+    everything = run_case(golden_dir, "E", 7.0, 0.5, keep=np.zeros_like(case["block_keep_mask"]), with_gradients=True)
+    assert not any(np.any(x) for x in jax.tree.leaves(everything))
 
 
 def test_blocks_do_not_see_each_other(golden_dir):
-    draft, embedding, head, case, _ = load_case(golden_dir, "A")
+    _, _, _, case, _ = load_case(golden_dir, "E")
+    (together, _), _ = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True)
     one_by_one = []
     for a in range(case["anchor_positions"].shape[1]):
-        alone = dict(
-            case,
-            anchor_positions=case["anchor_positions"][:, a : a + 1],
-            block_keep_mask=case["block_keep_mask"][:, a : a + 1],
-        )
-        one_by_one.append(losses_of(draft.config, embedding, head, alone, 7.0)(draft.params, 0.5)[0])
-    together, _ = losses_of(draft.config, embedding, head, case, 7.0)(draft.params, 0.5)
+        keep = case["block_keep_mask"] & (np.arange(case["anchor_positions"].shape[1]) == a)
+        one_by_one.append(run_case(golden_dir, "E", 7.0, 0.5, keep=keep, with_gradients=True)[0][0])
     summed = jax.tree.map(lambda *xs: sum(xs), *one_by_one)
     for got, expected in zip(jax.tree.leaves(summed), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
