@@ -20,6 +20,7 @@ from tests.decoding.tiny_pair import (
 
 OFFSETS = range(2 * (BLOCK + 1) + 2)
 SAMPLING = [SHARP] + [SamplingConfig()] * 7
+VARIED = SamplingConfig(temperature=2.0, top_k=47, seed=1)
 
 
 def run_plain(prompts, *settings):
@@ -31,9 +32,7 @@ def run_perfect(references, prompts, *settings):
     for i in range(0, len(prompts), 8):
         rows = slice(i, i + 8)
         decoder = with_known(make_decoder(), full_sequences(references[rows]))
-        results += decoder.generate(
-            prompts[rows], *[s[rows] for s in settings], batch_size=8, propose=propose_known
-        )
+        results += decoder.generate(prompts[rows], *[s[rows] for s in settings], batch_size=8, propose=propose_known)
     return results
 
 
@@ -41,7 +40,7 @@ def run_perfect(references, prompts, *settings):
 def reference():
     """One long sampled text, so that few of its tokens repeat."""
     (prompt,) = make_prompts([6], seed=5)
-    (text,) = run_plain([prompt], 40, SamplingConfig(temperature=2.0, seed=1))
+    (text,) = run_plain([prompt], 40, VARIED)
     return prompt, text
 
 
@@ -49,7 +48,7 @@ def test_budget_at_every_offset(reference):
     prompt, text = reference
     count = len(OFFSETS)
     budgets = [i + 1 for i in OFFSETS]
-    sampling = [SamplingConfig(temperature=2.0, seed=1)] * count
+    sampling = [VARIED] * count
     got = run_perfect([text] * count, [prompt] * count, budgets, sampling)
     for budget, g in zip(budgets, got, strict=True):
         assert g.output_ids == text.output_ids[:budget]
@@ -64,8 +63,8 @@ def test_stop_at_every_offset(reference):
     """The stop token is the last one returned, whether drafted, bonus or the very first token."""
     prompt, text = reference
     count = len(OFFSETS)
-    stops = [[text.output_ids[i], VOCAB + 5] for i in OFFSETS]
-    sampling = [SamplingConfig(temperature=2.0, seed=1)] * count
+    stops = [[text.output_ids[i]] for i in OFFSETS]
+    sampling = [VARIED] * count
     got = run_perfect([text] * count, [prompt] * count, [40] * count, sampling, stops)
     ends = {text.output_ids.index(text.output_ids[i]) for i in OFFSETS}
     assert len(ends) > BLOCK + 3
@@ -84,8 +83,8 @@ def test_stop_beyond_the_budget_does_not_count(reference):
         [text] * 3,
         [prompt] * 3,
         [stop, stop + 1, stop + 2],
-        [SamplingConfig(temperature=2.0, seed=1)] * 3,
-        [[text.output_ids[9], -1]] * 3,
+        [VARIED] * 3,
+        [[text.output_ids[9]]] * 3,
     )
     assert [g.finish_reason for g in got] == ["length", "stop", "stop"]
     assert [len(g.output_ids) for g in got] == [stop, stop + 1, stop + 1]
@@ -113,7 +112,7 @@ def test_smallest_cases(reference):
     prompts = [prompt, [0], [MASK_ID], [MASK_ID] * 20, [VOCAB - 1, MASK_ID], [1], [2], [3]]
     budgets = [1, 1, 9, 9, 9, 30, 30, 30]
     stops = [[text.output_ids[0]], [], [], [], [], [MASK_ID], [MASK_ID], [MASK_ID]]
-    sampling = [SamplingConfig(temperature=2.0, seed=1)] * 8
+    sampling = [VARIED] * 8
     plain = run_plain(prompts, budgets, sampling, stops)
     got = with_known(make_decoder(), None).generate(prompts, budgets, sampling, stops, propose=propose_known)
     assert_same_text(got, plain)

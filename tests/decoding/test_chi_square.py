@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from domino_jax.config import SamplingConfig
-from domino_jax.decoding import speculative
+from domino_jax.decoding import generate, speculative
 from domino_jax.models.qwen3 import Qwen3
 from tests.decoding.tiny_pair import make_decoder
 
@@ -27,6 +27,12 @@ PLAUSIBLE, REFUSED = 1e-3, 1e-7
 @pytest.fixture(scope="module")
 def decoder():
     return make_decoder(vocab=VOCAB, block=2, mask_id=7)
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch):
+    """Thousands of rows need few positions."""
+    monkeypatch.setattr(generate, "_CACHE_STEP", 8)
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +168,13 @@ def break_rejection(monkeypatch):
         monkeypatch.setattr(speculative, name, function)
 
 
-EXACT_VARIANTS = ("as it is", "always accept", "one noise for every position", "choice redrawn after a refusal",
-                  "draft kept when the target likes it")
+EXACT_VARIANTS = (
+    "as it is",
+    "always accept",
+    "one noise for every position",
+    "choice redrawn after a refusal",
+    "draft kept when the target likes it",
+)
 
 
 def break_seed_exact(monkeypatch):

@@ -1,4 +1,4 @@
-"""The text is the target's own whatever drafts: a random, a perfect or an always-wrong drafter, alone and in a batch."""
+"""The text is the target's own whatever drafts: a random, a perfect, an always-wrong drafter; alone, in a batch."""
 
 from dataclasses import replace
 

@@ -10,7 +10,7 @@ import pytest
 from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
 from domino_jax.decoding import generate
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
-from domino_jax.decoding.speculative import decode_speculative, propose_block, run_round
+from domino_jax.decoding.speculative import backbone_block, decode_speculative, propose_block, run_round, verify_block
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
@@ -86,8 +86,6 @@ def test_block_sees_nothing_from_its_anchor_on(after_rounds):
     @jax.jit
     def draft(state):
         proposal = propose_block(settings, decoder.params, state)
-        from domino_jax.decoding.speculative import backbone_block, verify_block
-
         logits, _ = verify_block(settings, decoder.params, state, proposal.tokens)
         return backbone_block(settings, decoder.params, state)[1], proposal.tokens, logits
 
@@ -150,9 +148,11 @@ def test_published_shapes(size):
     params, state = jax.eval_shape(init)
     num_params = sum(np.prod(p.shape) for p in jax.tree.leaves(params.target))
     assert round(num_params / 1e8) == {"4b": 40, "8b": 82}[size]
-    start, last_hidden = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((2, target.hidden_size), jnp.bfloat16)
-    after, hidden = jax.eval_shape(lambda p, s, at, h: prefill_chunk(settings, p, s, 64, at, h),
-                                   params, state, start, last_hidden)
+    start = jax.ShapeDtypeStruct((), jnp.int32)
+    last_hidden = jax.ShapeDtypeStruct((2, target.hidden_size), jnp.bfloat16)
+    after, hidden = jax.eval_shape(
+        lambda p, s, at, h: prefill_chunk(settings, p, s, 64, at, h), params, state, start, last_hidden
+    )
     assert hidden.shape == last_hidden.shape
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == shapes

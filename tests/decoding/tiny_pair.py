@@ -39,8 +39,13 @@ def draw_params(init, config, seed):
     """Draw parameters on the host with wide laws; the shapes are the package's own."""
     generator = np.random.default_rng(seed)
     shapes = jax.eval_shape(functools.partial(init, config), jax.random.key(0))
-    draw = lambda s: generator.normal(size=s.shape) * 0.25 if len(s.shape) > 1 else generator.uniform(0.5, 1.5, s.shape)
-    return jax.tree.map(lambda s: jnp.asarray(draw(s), jnp.float32), shapes)
+
+    def draw(leaf):
+        is_matrix = len(leaf.shape) > 1
+        values = generator.normal(size=leaf.shape) * 0.25 if is_matrix else generator.uniform(0.5, 1.5, leaf.shape)
+        return jnp.asarray(values, jnp.float32)
+
+    return jax.tree.map(draw, shapes)
 
 
 @functools.cache

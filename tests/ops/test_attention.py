@@ -1,0 +1,117 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domino_jax.ops.attention import apply_rope, attend, attend_blocks
+from domino_jax.ops.kv_cache import init_cache, write_layer
+
+TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+BATCH, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def naive_attend(queries, keys, values, mask):
+    """One query, one head at a time; keys and values are [B, S, K, H]."""
+    mixed = np.zeros(queries.shape)
+    for b, t, n in np.ndindex(*queries.shape[:3]):
+        kv = n // (queries.shape[2] // keys.shape[2])
+        scores = keys[b, :, kv].astype(float) @ queries[b, t, n] / np.sqrt(queries.shape[-1])
+        weights = np.where(mask[b, t], np.exp(scores - scores.max()), 0)
+        mixed[b, t, n] = weights / weights.sum() @ values[b, :, kv]
+    return mixed
+
+
+def test_attend():
+    queries, keys = normal(0, BATCH, 3, HEADS, WIDTH), normal(1, BATCH, 6, KV_HEADS, WIDTH)
+    values = normal(2, *keys.shape)
+    mask = np.random.default_rng(3).random((BATCH, 3, 6)) < 0.6
+    mask[..., 0] = True
+    got = attend(
+        jnp.asarray(queries),
+        jnp.asarray(keys.transpose(0, 2, 3, 1)),
+        jnp.asarray(values.transpose(0, 2, 1, 3)),
+        jnp.asarray(mask),
+    )
+    np.testing.assert_allclose(got, naive_attend(queries, keys, values, mask), **TOLERANCE)
+
+
+def test_a_query_that_sees_nothing_stays_finite():
+    queries, keys = normal(0, 1, 2, HEADS, WIDTH), normal(1, 1, KV_HEADS, WIDTH, 5)
+    values = normal(2, 1, KV_HEADS, 5, WIDTH)
+    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.zeros((1, 2, 5), bool))
+    wanted = np.repeat(values.mean(axis=2), HEADS // KV_HEADS, axis=1)[:, None]
+    np.testing.assert_allclose(got, np.broadcast_to(wanted, got.shape), **TOLERANCE)
+
+
+def test_large_scores_do_not_overflow():
+    queries, keys = 1e4 * normal(0, 1, 1, HEADS, WIDTH), 1e4 * normal(1, 1, KV_HEADS, WIDTH, 5)
+    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.ones((1, KV_HEADS, 5, WIDTH)), jnp.ones((1, 1, 5), bool))
+    np.testing.assert_allclose(got, 1.0, **TOLERANCE)
+
+
+def test_attend_blocks_equals_one_dense_mask():
+    """All blocks laid out in one long sequence under one mask; context strictly before the anchor, no other block."""
+    anchors, slots, context = 3, 2, 7
+    anchor_pos = np.array([[1, 4, 7], [0, 6, 2]])
+    queries = normal(0, BATCH, anchors, slots, HEADS, WIDTH)
+    context_keys = normal(1, BATCH, context, KV_HEADS, WIDTH)
+    context_values = normal(2, *context_keys.shape)
+    block_keys = normal(3, BATCH, anchors, slots, KV_HEADS, WIDTH)
+    block_values = normal(4, *block_keys.shape)
+    got = attend_blocks(
+        jnp.asarray(queries),
+        jnp.asarray(context_keys.transpose(0, 2, 3, 1)),
+        jnp.asarray(context_values.transpose(0, 2, 1, 3)),
+        jnp.asarray(block_keys),
+        jnp.asarray(block_values),
+        jnp.asarray(anchor_pos),
+    )
+    mask = np.zeros((BATCH, anchors, slots, context + anchors * slots), bool)
+    for b, a in np.ndindex(BATCH, anchors):
+        mask[b, a, :, : anchor_pos[b, a]] = True
+        mask[b, a, :, context + a * slots : context + (a + 1) * slots] = True
+    flat = (BATCH, anchors * slots)
+    wanted = naive_attend(
+        queries.reshape(*flat, HEADS, WIDTH),
+        np.concatenate([context_keys, block_keys.reshape(*flat, KV_HEADS, WIDTH)], axis=1),
+        np.concatenate([context_values, block_values.reshape(*flat, KV_HEADS, WIDTH)], axis=1),
+        mask.reshape(*flat, -1),
+    )
+    np.testing.assert_allclose(got, wanted.reshape(got.shape), **TOLERANCE)
+
+
+def test_rope_rotates_pairs_of_halves_by_position():
+    x = normal(0, BATCH, 3, HEADS, WIDTH)
+    positions = np.array([[0, 1, 7], [30, 1000, 5]])
+    half = WIDTH // 2
+    wanted = np.zeros(x.shape)
+    for b, t in np.ndindex(*positions.shape):
+        for i in range(half):
+            angle = positions[b, t] * 1e4 ** (-2 * i / WIDTH)
+            rotated = (x[b, t, :, i] + 1j * x[b, t, :, i + half]) * np.exp(1j * angle)
+            wanted[b, t, :, i], wanted[b, t, :, i + half] = rotated.real, rotated.imag
+    got = apply_rope(jnp.asarray(x), jnp.asarray(positions), 1e4)
+    np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=2e-4)
+    np.testing.assert_array_equal(got[0, 0], x[0, 0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_cache_write(dtype):
+    """Each row writes at its own start and nothing else changes; the caller's cache is not touched."""
+    cache = init_cache(2, BATCH, KV_HEADS, WIDTH, 10, jnp.dtype(dtype))
+    assert cache.num_positions == 10
+    keys, values = normal(0, BATCH, 3, KV_HEADS, WIDTH), normal(1, BATCH, 3, KV_HEADS, WIDTH)
+    start = np.array([7, 0])
+    written = write_layer(cache, 1, jnp.asarray(keys), jnp.asarray(values), jnp.asarray(start))
+    assert not np.asarray(written.keys[0]).any() and not np.asarray(cache.keys[1]).any()
+    for row in range(BATCH):
+        span = slice(start[row], start[row] + 3)
+        got_keys = np.asarray(written.keys[1][row]).transpose(2, 0, 1)
+        got_values = np.asarray(written.values[1][row]).transpose(1, 0, 2)
+        np.testing.assert_array_equal(got_keys[span], jnp.asarray(keys[row], dtype))
+        np.testing.assert_array_equal(got_values[span], jnp.asarray(values[row], dtype))
+        assert not np.delete(got_keys, range(10)[span], axis=0).any()
+        assert not np.delete(got_values, range(10)[span], axis=0).any()
