@@ -9,9 +9,12 @@ anchors x slots x vocabulary. Logits, cross-entropies and sums are float32 whate
 Source: Domino, arXiv 2605.29707; metric definitions as in `OnlineDominoModel` of sgl-project/SpecForge.
 """
 
+from typing import TypeAlias
+
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from domino_jax.config import DraftConfig
@@ -20,6 +23,9 @@ from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import project_to_vocabulary
 from domino_jax.shapes import Array, Bool, Float, Int, Params
 from domino_jax.training.anchors import Blocks, build_blocks
+
+HostOrDevice: TypeAlias = Array | np.ndarray
+"""Sums are added on the device and read on the host."""
 
 
 @flax.struct.dataclass
@@ -40,18 +46,18 @@ class LossSums:
         scored_by_slot: scored slots.
     """
 
-    loss_num: Float[Array, ""]
-    base_loss_num: Float[Array, ""]
-    loss_den: Float[Array, ""]
-    correct_num: Float[Array, ""]
-    base_correct_num: Float[Array, ""]
-    correct_den: Float[Array, ""]
-    accept_num: Float[Array, ""]
-    base_accept_num: Float[Array, ""]
-    accept_den: Float[Array, ""]
-    accept_by_slot: Float[Array, " slots"]
-    base_accept_by_slot: Float[Array, " slots"]
-    scored_by_slot: Float[Array, " slots"]
+    loss_num: Float[HostOrDevice, ""]
+    base_loss_num: Float[HostOrDevice, ""]
+    loss_den: Float[HostOrDevice, ""]
+    correct_num: Float[HostOrDevice, ""]
+    base_correct_num: Float[HostOrDevice, ""]
+    correct_den: Float[HostOrDevice, ""]
+    accept_num: Float[HostOrDevice, ""]
+    base_accept_num: Float[HostOrDevice, ""]
+    accept_den: Float[HostOrDevice, ""]
+    accept_by_slot: Float[HostOrDevice, " slots"]
+    base_accept_by_slot: Float[HostOrDevice, " slots"]
+    scored_by_slot: Float[HostOrDevice, " slots"]
 
 
 def zero_sums(draft_config: DraftConfig) -> LossSums:

@@ -9,6 +9,7 @@ Source: Domino, arXiv 2605.29707; AdamW, arXiv 1711.05101.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -18,7 +19,7 @@ import optax
 from domino_jax.config import DraftConfig, ObjectiveConfig, OptimizerConfig, TargetConfig
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import Qwen3, head_weight
-from domino_jax.shapes import Array, Float, Int, Params, UInt32
+from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.training.anchors import choose_anchors
 from domino_jax.training.loss import LossSums, add_sums, block_losses, compute_metrics, mix_losses, zero_sums
 from domino_jax.training.schedule import base_weight_schedule, learning_rate_schedule
@@ -29,16 +30,17 @@ class TrainState:
     """Everything of a drafter's training that changes from step to step, and the key it draws from.
 
     Attributes:
-        step: optimizer steps done, batches without a single anchor included.
+        step: int32 scalar: optimizer steps done, batches without a single anchor included.
         params: the drafter's float32 master weights.
         opt_state: moments of AdamW.
-        key_data: raw bits of the PRNG key; it stays as it is, every draw folds step and sequence number into it.
+        key_data: uint32 bits of the PRNG key; it stays as it is, every draw folds step and sequence number into it.
     """
 
-    step: Int[Array, ""]
+    # Leaves are open: checkpointing puts host arrays, shapes and placements into the same tree.
+    step: Any
     params: Params
     opt_state: optax.OptState
-    key_data: UInt32[Array, " words"]
+    key_data: Any
 
 
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:

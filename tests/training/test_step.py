@@ -178,7 +178,7 @@ def test_eval_step_scores_without_update(pair):
     first = evaluate(state.params, params, *make_batch(0), jax.random.key(1))
     assert_trees_equal(first, evaluate(state.params, params, *make_batch(0), jax.random.key(1)))
     second = evaluate(state.params, params, *make_batch(1), jax.random.key(1))
-    metrics = compute_metrics(add_sums(first, second), 0.0)
+    metrics = compute_metrics(add_sums(jax.device_get(first), jax.device_get(second)), 0.0)
     assert float(metrics["loss"]) == pytest.approx(np.log(VOCAB), rel=0.5)
     assert float(metrics["accept_len"]) >= 1
 
