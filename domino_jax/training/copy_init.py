@@ -1,7 +1,7 @@
 """Initial weights from which a small target can already copy.
 
-In: freshly drawn target parameters. Out: the same tree, where layer 0 has a head that looks at the previous token and
-layer 1 has heads that look for earlier occurrences of the current token and repeat what followed (an induction
+In: freshly drawn target parameters. Out: the same tree, where layer 0 has heads that look one and two tokens back and
+layer 1 has heads that look for earlier occurrences of the last two tokens and repeat what followed (an induction
 circuit). On a CPU budget of minutes a small model spends most of its training waiting for this circuit to form;
 the other heads of the two layers start silent, everything
 else is left as drawn, and all of it is trained on.
@@ -19,85 +19,95 @@ from domino_jax.shapes import Array, Float, Params
 
 CONSTANT_SHARE = 0.5
 """Length of the direction all embeddings share, over the length of the rest: what a position-only head reads."""
-PREVIOUS_SHARPNESS, MATCH_SHARPNESS = 2.5, 1.3
+PREVIOUS_SHARPNESS, MATCH_SHARPNESS = 2.5, 1.5
 """q/k-norm weights of layers 0 and 1; scores grow with their square times sqrt(head width)."""
-PREVIOUS_GAIN, COPY_GAIN = 2.0, 5.0
+PREVIOUS_GAIN, COPY_GAIN = 1.5, 5.0
 """Size of what the two kinds of head write, over the size of an embedding."""
+PAIR_SHARE = 0.5
+"""Weight of the token before the current one in the search; what it is read from is PREVIOUS_GAIN times as long."""
 FAST_PAIRS = 4
 """RoPE pairs, fastest first, that tell a distance of 1 from its neighbours."""
-
-
-def seed_copying(params: Params, config: TargetConfig, key: Array) -> Params:
-    """Return `params` with a previous-token head in layer 0 and copying heads in layer 1.
-
-    Raises:
-        ConfigError: the target has fewer than two layers, or heads wider than the residual stream or too narrow.
-    """
-    width, head = config.hidden_size, config.head_dim
-    if config.num_hidden_layers < 2 or not 4 * FAST_PAIRS <= head <= width:
-        raise ConfigError(
-            f"a copying start needs 2 layers and {4 * FAST_PAIRS} <= head_dim <= hidden_size; got "
-            f"{config.num_hidden_layers} layers, head_dim {head}, hidden_size {width}"
-        )
-    read_key, write_key, match_key = jax.random.split(key, 3)
-    constant = jnp.ones((width,)) * width**-0.5
-    read, write = _orthonormal(read_key, width, head), _orthonormal(write_key, width, head)
-    read, write = (m - jnp.outer(constant, constant @ m) for m in (read, write))
-    embeddings = params["embed_tokens"]
-    embeddings = embeddings - (embeddings @ constant)[:, None] * constant
-    length = jnp.sqrt(jnp.mean(jnp.sum(embeddings**2, -1)))
-    seeded = dict(params)
-    seeded["embed_tokens"] = embeddings + CONSTANT_SHARE * length * constant
-    seeded["layers_0"] = _seed_previous(dict(params["layers_0"]), config, constant, read, write)
-    seeded["layers_1"] = _seed_match(dict(params["layers_1"]), config, read, write, match_key)
-    # A head's output is a sum of normed states (length sqrt(width)); embeddings are much shorter.
-    to_embedding = length * width**-0.5
-    outputs = jnp.zeros_like(seeded["layers_0"]["o_proj"])
-    seeded["layers_0"]["o_proj"] = outputs.at[:head].set(PREVIOUS_GAIN * to_embedding * write.T)
-    return _scale_copies(seeded, config, COPY_GAIN * to_embedding)
 
 
 def _orthonormal(key: Array, rows: int, columns: int) -> Float[Array, "rows columns"]:
     return jnp.linalg.qr(jax.random.normal(key, (rows, columns)))[0]
 
 
-def _seed_previous(layer: dict, config: TargetConfig, constant: Array, read: Array, write: Array) -> dict:
-    head, half = config.head_dim, config.head_dim // 2
+def seed_copying(params: Params, config: TargetConfig, key: Array) -> Params:
+    """Return `params` with previous-token heads in layer 0 and copying heads in layer 1.
+
+    Raises:
+        ConfigError: the target has fewer than two layers, no two query heads, or heads too narrow or too wide.
+    """
+    width, head = config.hidden_size, config.head_dim
+    if config.num_hidden_layers < 2 or config.num_attention_heads < 2 or not 4 * FAST_PAIRS <= head <= width:
+        raise ConfigError(
+            f"a copying start needs 2 layers, 2 heads and {4 * FAST_PAIRS} <= head_dim <= hidden_size; got "
+            f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, head_dim {head}, width {width}"
+        )
+    keys = jax.random.split(key, 4)
+    constant = jnp.ones((width,)) * width**-0.5
+    # Where a token's identity is read from, and where layer 0 leaves those of the previous token and the one before.
+    spaces = [_orthonormal(k, width, head) for k in keys[:3]]
+    read, first, second = (m - jnp.outer(constant, constant @ m) for m in spaces)
+    embeddings = params["embed_tokens"]
+    embeddings = embeddings - (embeddings @ constant)[:, None] * constant
+    length = jnp.sqrt(jnp.mean(jnp.sum(embeddings**2, -1)))
+    # Values are of normed states (length sqrt(width)); embeddings are much shorter.
+    to_embedding = length * width**-0.5
+    return dict(params) | {
+        "embed_tokens": embeddings + CONSTANT_SHARE * length * constant,
+        "layers_0": _seed_previous(params["layers_0"], config, constant, read, (first, second), to_embedding),
+        "layers_1": _seed_match(params["layers_1"], config, (read, first, second), keys[3], to_embedding),
+    }
+
+
+def _groups(config: TargetConfig) -> int:
+    return config.num_attention_heads // config.num_key_value_heads
+
+
+def _seed_previous(
+    params: Params, config: TargetConfig, constant: Array, read: Array, writes: tuple[Array, Array], scale: Array
+) -> Params:
+    layer, head, half = dict(params), config.head_dim, config.head_dim // 2
     frequencies = config.rope_theta ** (-jnp.arange(half) / half)
     is_fast = jnp.arange(half) < FAST_PAIRS
     key_direction = jnp.concatenate([is_fast, jnp.zeros(half)])
-    # Rotated back by one position, so that query and key agree at distance 1.
-    query_direction = jnp.concatenate([is_fast * jnp.cos(-frequencies), is_fast * jnp.sin(-frequencies)])
-    layer["q_proj"] = layer["q_proj"].at[:, :head].set(jnp.outer(constant, query_direction))
-    layer["k_proj"] = layer["k_proj"].at[:, :head].set(jnp.outer(constant, key_direction))
-    layer["v_proj"] = layer["v_proj"].at[:, :head].set(read)
-    layer["q_norm"], layer["k_norm"] = jnp.full((head,), PREVIOUS_SHARPNESS), jnp.full((head,), PREVIOUS_SHARPNESS)
+    outputs = jnp.zeros_like(layer["o_proj"])
+    for i, write in enumerate(writes):
+        columns, kv = slice(i * head, (i + 1) * head), i // _groups(config)
+        kv_columns = slice(kv * head, (kv + 1) * head)
+        # Rotated back by the distance, so that query and key agree there.
+        turn = -(i + 1) * frequencies
+        direction = jnp.concatenate([is_fast * jnp.cos(turn), is_fast * jnp.sin(turn)])
+        layer["q_proj"] = layer["q_proj"].at[:, columns].set(jnp.outer(constant, direction))
+        layer["k_proj"] = layer["k_proj"].at[:, kv_columns].set(jnp.outer(constant, key_direction))
+        layer["v_proj"] = layer["v_proj"].at[:, kv_columns].set(read)
+        outputs = outputs.at[columns].set(PREVIOUS_GAIN * scale * write.T)
+    layer["o_proj"] = outputs
+    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), PREVIOUS_SHARPNESS) for _ in range(2))
     return layer
 
 
-def _seed_match(layer: dict, config: TargetConfig, read: Array, write: Array, key: Array) -> dict:
-    head, half = config.head_dim, config.head_dim // 2
-    groups = config.num_attention_heads // config.num_key_value_heads
+def _seed_match(
+    params: Params, config: TargetConfig, spaces: tuple[Array, Array, Array], key: Array, scale: Array
+) -> Params:
+    layer, head, half = dict(params), config.head_dim, config.head_dim // 2
+    read, first, second = spaces
+    # Slow RoPE pairs hardly turn within a chat: what they compare is content, not distance.
     slow = jnp.concatenate([jnp.arange(half) >= half // 2] * 2)
-    for i in range(config.num_key_value_heads):
-        columns = slice(i * head, (i + 1) * head)
-        query_columns = slice(i * groups * head, (i * groups + 1) * head)
-        mix = _orthonormal(jax.random.fold_in(key, i), head, head) * slow
-        layer["q_proj"] = layer["q_proj"].at[:, query_columns].set(read @ mix)
-        layer["k_proj"] = layer["k_proj"].at[:, columns].set(write @ mix)
-    values = _orthonormal(jax.random.fold_in(key, 1000), config.hidden_size, config.hidden_size)
-    num_values = min(config.hidden_size, config.num_key_value_heads * head)
-    layer["v_proj"] = layer["v_proj"].at[:, :num_values].set(values[:, :num_values])
-    layer["q_norm"], layer["k_norm"] = jnp.full((head,), MATCH_SHARPNESS), jnp.full((head,), MATCH_SHARPNESS)
+    mix_key, pair_key, value_key = jax.random.split(key, 3)
+    mix, pair_mix = (_orthonormal(k, head, head) * slow for k in (mix_key, pair_key))
+    query, match = read @ mix + PAIR_SHARE * first @ pair_mix, first @ mix + second @ pair_mix
+    values = _orthonormal(value_key, config.hidden_size, config.hidden_size)
+    outputs = jnp.zeros_like(layer["o_proj"])
+    for kv in range(min(config.num_key_value_heads, config.hidden_size // head)):
+        columns, start = slice(kv * head, (kv + 1) * head), kv * _groups(config) * head
+        rows = slice(start, start + head)
+        layer["q_proj"] = layer["q_proj"].at[:, rows].set(query)
+        layer["k_proj"] = layer["k_proj"].at[:, columns].set(match)
+        layer["v_proj"] = layer["v_proj"].at[:, columns].set(values[:, columns])
+        outputs = outputs.at[rows].set(COPY_GAIN * scale * values[:, columns].T)
+    layer["o_proj"] = outputs
+    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), MATCH_SHARPNESS) for _ in range(2))
     return layer
-
-
-def _scale_copies(seeded: dict, config: TargetConfig, gain: Float[Array, ""]) -> dict:
-    head = config.head_dim
-    groups = config.num_attention_heads // config.num_key_value_heads
-    layer = seeded["layers_1"]
-    layer["o_proj"] = jnp.zeros_like(layer["o_proj"])
-    for i in range(config.num_key_value_heads):
-        rows = slice(i * groups * head, (i * groups + 1) * head)
-        layer["o_proj"] = layer["o_proj"].at[rows].set(gain * layer["v_proj"][:, i * head : (i + 1) * head].T)
-    return seeded

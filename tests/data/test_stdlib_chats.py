@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from domino_jax.data.stdlib_chats import TASKS, CorpusError, build_chats, check_answer, find_modules, is_held_out
+from domino_jax.data.stdlib_chats import TASKS, build_chats, check_answer
+from domino_jax.data.stdlib_source import CorpusError, find_modules, is_held_out
 
 
 @pytest.fixture(scope="module")

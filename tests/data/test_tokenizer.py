@@ -15,7 +15,9 @@ def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(str(directory / "nested"))
 
 
-@pytest.mark.parametrize("text", [*TEXTS[:2], "  two  spaces\t\ttab\r\n", "naïve — 日本語 🙂", "a_b__c", "x ,y ; z", ""])
+@pytest.mark.parametrize(
+    "text", [*TEXTS[:2], "  two  spaces\t\ttab\r\n", "naïve — 日本語 🙂", "a_b__c", "x ,y ; z", ""]
+)
 def test_round_trip_is_exact(tokenizer, text):
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
