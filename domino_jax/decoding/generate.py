@@ -117,7 +117,7 @@ class Decoder:
                 raise DecodingError(f"max_new_tokens of prompt {i} is {budget}; it must be 1 or more")
 
     def _loop_settings(
-        self, rows: list[SamplingConfig], rule: AcceptanceRule, block_size: int | None, use_head: bool
+        self, rows: list[SamplingConfig], rule: str, block_size: int | None, use_head: bool
     ) -> DecodeSettings:
         if rule not in ("seed-exact", "rejection"):
             raise DecodingError(f"rule is {rule!r}; allowed: 'seed-exact', 'rejection'")

@@ -49,11 +49,13 @@ def test_cached_forward_equals_dense(pair, chunks):
 def test_rows_start_where_they_are(pair):
     decoder, target, ids, dense = pair
     variables = {"params": decoder.params.target}
+    run = jax.jit(lambda x, at, c: target.apply(variables, x, at, c, method=Qwen3.forward_cached))
     cache = init_target_cache(target.config, 2, LENGTH, FLOAT32)
-    cache = target.apply(variables, ids[:, :8], jnp.zeros(2, jnp.int32), cache, method=Qwen3.forward_cached).cache
+    for at in (0, 4):
+        cache = run(ids[:, at : at + 4], jnp.full(2, at, jnp.int32), cache).cache
     start = jnp.asarray([3, 7], jnp.int32)
     tail = jnp.stack([ids[0, 3:7], ids[1, 7:11]])
-    output = target.apply(variables, tail, start, cache, method=Qwen3.forward_cached)
+    output = run(tail, start, cache)
     np.testing.assert_allclose(output.hidden[0], dense.hidden[0, 3:7], **TOLERANCE)
     np.testing.assert_allclose(output.hidden[1], dense.hidden[1, 7:11], **TOLERANCE)
 
@@ -62,14 +64,19 @@ def test_features_are_the_residual_streams_asked_for(pair):
     decoder, target, ids, dense = pair
     width = target.config.hidden_size
     assert dense.features.shape == (2, LENGTH, 2 * width)
-    swapped = Qwen3(target.config, (1, 0)).apply({"params": decoder.params.target}, ids)
-    np.testing.assert_array_equal(swapped.features[..., :width], dense.features[..., width:])
+
+    @jax.jit
+    def run(token_ids):
+        variables = {"params": decoder.params.target}
+        return [Qwen3(target.config, layers).apply(variables, token_ids).features for layers in ((1, 0), ())]
+
+    swapped, none = run(ids)
+    np.testing.assert_allclose(swapped[..., :width], dense.features[..., width:], **TOLERANCE)
     norm = decoder.params.target["norm"]
     last = np.asarray(dense.features[..., width:], np.float64)
     normed = last / np.sqrt((last**2).mean(-1, keepdims=True) + target.config.rms_norm_eps) * np.asarray(norm)
     np.testing.assert_allclose(dense.hidden, normed, **TOLERANCE)
-    none = Qwen3(target.config).apply({"params": decoder.params.target}, ids)
-    assert none.features.shape == (2, LENGTH, 0)
+    assert none.shape == (2, LENGTH, 0)
 
 
 def test_tied_head(pair):
@@ -89,13 +96,17 @@ def test_training_blocks_equal_decoding_blocks(pair):
     draft = decoder.settings.draft
     backbone, variables = DraftBackbone(draft), {"params": decoder.params.draft["backbone"]}
     call = functools.partial(backbone.apply, variables)
-    context = call(dense.features, method=DraftBackbone.project_context)
     anchors = jnp.asarray([[1, 5, 11], [0, 7, 3]], jnp.int32)
     blocks = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 4, draft.hidden_size)), jnp.float32)
-    trained = jax.jit(lambda c, b, a: call(c, b, a, method=DraftBackbone.train))(context, blocks, anchors)
-    start = jnp.zeros(2, jnp.int32)
-    cache = init_draft_cache(draft, 2, LENGTH + 4, FLOAT32)
-    cache = call(context, start, cache, method=DraftBackbone.write_context)
+
+    @jax.jit
+    def prepare(features):
+        context = call(features, method=DraftBackbone.project_context)
+        cache = init_draft_cache(draft, 2, LENGTH + 4, FLOAT32)
+        cache = call(context, jnp.zeros(2, jnp.int32), cache, method=DraftBackbone.write_context)
+        return call(context, blocks, anchors, method=DraftBackbone.train), cache
+
+    trained, cache = prepare(dense.features)
     run = jax.jit(lambda b, a, c: call(b, a, c, method=DraftBackbone.draft))
     for i in range(3):
         np.testing.assert_allclose(run(blocks[:, i], anchors[:, i], cache), trained[:, i], **TOLERANCE)
@@ -105,7 +116,8 @@ def test_blocks_are_isolated_and_context_ends_before_the_anchor(pair):
     decoder, _, _, dense = pair
     draft = decoder.settings.draft
     backbone, variables = DraftBackbone(draft), {"params": decoder.params.draft["backbone"]}
-    context = backbone.apply(variables, dense.features, method=DraftBackbone.project_context)
+    project = jax.jit(lambda f: backbone.apply(variables, f, method=DraftBackbone.project_context))
+    context = project(dense.features)
     anchors = jnp.asarray([[4, 8], [4, 8]], jnp.int32)
     blocks = jnp.asarray(np.random.default_rng(0).normal(size=(2, 2, 3, draft.hidden_size)), jnp.float32)
     run = jax.jit(lambda c, b: backbone.apply(variables, c, b, anchors, method=DraftBackbone.train))
@@ -144,13 +156,19 @@ def test_head_against_a_naive_gru(pair):
     correction = inner * sigmoid(inner) @ weights["up"]
 
     head, variables = DominoHead(config), {"params": params}
-    taught = head.apply(variables, jnp.asarray(embeddings), method=DominoHead.teacher_states)
+
+    @jax.jit
+    def run(embeddings, hidden):
+        taught = head.apply(variables, embeddings, method=DominoHead.teacher_states)
+        return taught, head.apply(variables, hidden, taught, method=DominoHead.correct)
+
+    taught, got = run(embeddings, hidden)
     np.testing.assert_allclose(taught, states, **TOLERANCE)
+    step = jax.jit(lambda state, x: head.apply(variables, state, x, method=DominoHead.step))
     stepped = head.apply(variables, (2,), method=DominoHead.init_state)
     for t in range(4):
-        stepped = head.apply(variables, stepped, jnp.asarray(embeddings[:, t]), method=DominoHead.step)
+        stepped = step(stepped, embeddings[:, t])
         np.testing.assert_allclose(stepped, states[:, t], **TOLERANCE)
-    got = head.apply(variables, jnp.asarray(hidden), taught, method=DominoHead.correct)
     np.testing.assert_allclose(got, correction, atol=1e-4, rtol=1e-4)
     assert got.shape == (2, 4, VOCAB)
 
@@ -159,8 +177,14 @@ def test_bfloat16_runs_in_bfloat16_with_float32_logits(pair):
     decoder, target, ids, dense = pair
     model = Qwen3(target.config, target.capture_layers, jnp.dtype("bfloat16"))
     variables = {"params": decoder.params.target}
-    output = model.apply(variables, ids)
+
+    @jax.jit
+    def run(token_ids):
+        output = model.apply(variables, token_ids)
+        return output, model.apply(variables, output.hidden, method=Qwen3.logits)
+
+    output, logits = run(ids)
     assert output.hidden.dtype == output.features.dtype == jnp.dtype("bfloat16")
-    assert model.apply(variables, output.hidden, method=Qwen3.logits).dtype == FLOAT32
+    assert logits.dtype == FLOAT32
     error = np.abs(np.asarray(output.hidden, np.float32) - np.asarray(dense.hidden))
     assert np.median(error) < 0.05

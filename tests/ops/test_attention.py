@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ def test_attend():
     values = normal(2, *keys.shape)
     mask = np.random.default_rng(3).random((BATCH, 3, 6)) < 0.6
     mask[..., 0] = True
-    got = attend(
+    got = jax.jit(attend)(
         jnp.asarray(queries),
         jnp.asarray(keys.transpose(0, 2, 3, 1)),
         jnp.asarray(values.transpose(0, 2, 1, 3)),
@@ -41,14 +42,16 @@ def test_attend():
 def test_a_query_that_sees_nothing_stays_finite():
     queries, keys = normal(0, 1, 2, HEADS, WIDTH), normal(1, 1, KV_HEADS, WIDTH, 5)
     values = normal(2, 1, KV_HEADS, 5, WIDTH)
-    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.zeros((1, 2, 5), bool))
+    got = jax.jit(attend)(jnp.asarray(queries), jnp.asarray(keys), jnp.asarray(values), jnp.zeros((1, 2, 5), bool))
     wanted = np.repeat(values.mean(axis=2), HEADS // KV_HEADS, axis=1)[:, None]
     np.testing.assert_allclose(got, np.broadcast_to(wanted, got.shape), **TOLERANCE)
 
 
 def test_large_scores_do_not_overflow():
     queries, keys = 1e4 * normal(0, 1, 1, HEADS, WIDTH), 1e4 * normal(1, 1, KV_HEADS, WIDTH, 5)
-    got = attend(jnp.asarray(queries), jnp.asarray(keys), jnp.ones((1, KV_HEADS, 5, WIDTH)), jnp.ones((1, 1, 5), bool))
+    got = jax.jit(attend)(
+        jnp.asarray(queries), jnp.asarray(keys), jnp.ones((1, KV_HEADS, 5, WIDTH)), jnp.ones((1, 1, 5), bool)
+    )
     np.testing.assert_allclose(got, 1.0, **TOLERANCE)
 
 
@@ -61,7 +64,7 @@ def test_attend_blocks_equals_one_dense_mask():
     context_values = normal(2, *context_keys.shape)
     block_keys = normal(3, BATCH, anchors, slots, KV_HEADS, WIDTH)
     block_values = normal(4, *block_keys.shape)
-    got = attend_blocks(
+    got = jax.jit(attend_blocks)(
         jnp.asarray(queries),
         jnp.asarray(context_keys.transpose(0, 2, 3, 1)),
         jnp.asarray(context_values.transpose(0, 2, 1, 3)),
@@ -93,7 +96,7 @@ def test_rope_rotates_pairs_of_halves_by_position():
             angle = positions[b, t] * 1e4 ** (-2 * i / WIDTH)
             rotated = (x[b, t, :, i] + 1j * x[b, t, :, i + half]) * np.exp(1j * angle)
             wanted[b, t, :, i], wanted[b, t, :, i + half] = rotated.real, rotated.imag
-    got = apply_rope(jnp.asarray(x), jnp.asarray(positions), 1e4)
+    got = jax.jit(apply_rope, static_argnums=2)(jnp.asarray(x), jnp.asarray(positions), 1e4)
     np.testing.assert_allclose(got, wanted, atol=2e-4, rtol=2e-4)
     np.testing.assert_array_equal(got[0, 0], x[0, 0])
 
@@ -105,7 +108,9 @@ def test_cache_write(dtype):
     assert cache.num_positions == 10
     keys, values = normal(0, BATCH, 3, KV_HEADS, WIDTH), normal(1, BATCH, 3, KV_HEADS, WIDTH)
     start = np.array([7, 0])
-    written = write_layer(cache, 1, jnp.asarray(keys), jnp.asarray(values), jnp.asarray(start))
+    written = jax.jit(write_layer, static_argnums=1)(
+        cache, 1, jnp.asarray(keys), jnp.asarray(values), jnp.asarray(start)
+    )
     assert not np.asarray(written.keys[0]).any() and not np.asarray(cache.keys[1]).any()
     for row in range(BATCH):
         span = slice(start[row], start[row] + 3)

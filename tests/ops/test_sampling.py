@@ -21,6 +21,11 @@ ROWS, POSITIONS, VOCAB = 4, 2, 13
 jit_filter = functools.cache(lambda has_filters: jax.jit(lambda x, s: scale_and_filter(x, s, has_filters)))
 
 
+jit_laws = jax.jit(row_probabilities)
+jit_gumbel = jax.jit(gumbel_noise, static_argnums=(2, 3))
+jit_uniform = jax.jit(uniform_noise, static_argnums=2)
+
+
 def make_sampling(temperature, top_k=0, top_p=1.0, min_p=0.0, seed=0, rows=ROWS):
     def full(value, dtype):
         return jnp.asarray(np.broadcast_to(value, (rows,)), dtype)
@@ -74,7 +79,7 @@ def test_filters_keep_what_a_naive_loop_keeps(seed, rows, has_ties):
     temperature, top_k, top_p, min_p = (np.array(column) for column in zip(*rows, strict=True))
     sampling = make_sampling(temperature, top_k, top_p, min_p)
     weights = np.asarray(jit_filter(True)(logits, sampling))
-    laws = np.asarray(row_probabilities(jnp.asarray(weights), sampling))
+    laws = np.asarray(jit_laws(jnp.asarray(weights), sampling))
     for row, values in enumerate(rows):
         for position in range(POSITIONS):
             kept = set(np.flatnonzero(np.isfinite(weights[row, position])).tolist())
@@ -104,22 +109,22 @@ def test_greedy_rows_ignore_filters_and_noise():
     np.testing.assert_array_equal(chosen[::2], logits.argmax(-1)[::2])
     np.testing.assert_array_equal(chosen[1::2], np.asarray(weights + noise).argmax(-1)[1::2])
     np.testing.assert_array_equal(choose_tokens(weights, sampling, None), logits.argmax(-1))
-    laws = np.asarray(row_probabilities(weights, sampling))
+    laws = np.asarray(jit_laws(weights, sampling))
     np.testing.assert_array_equal(laws[::2], np.eye(VOCAB)[logits.argmax(-1)][::2])
 
 
 def test_noise_is_a_function_of_seed_position_and_purpose():
     seeds = jnp.asarray([5, 5, 6, 2**32 - 1], jnp.uint32)
     positions = jnp.asarray([[0, 1], [1, 2], [0, 1], [0, 1]], jnp.int32)
-    noise = np.asarray(gumbel_noise(seeds, positions, 7, "choice"))
+    noise = np.asarray(jit_gumbel(seeds, positions, 7, "choice"))
     np.testing.assert_array_equal(noise[0, 1], noise[1, 0])
-    alone = gumbel_noise(seeds[3:], positions[3:, 1:], 7, "choice")
+    alone = jit_gumbel(seeds[3:], positions[3:, 1:], 7, "choice")
     np.testing.assert_array_equal(noise[3, 1], alone[0, 0])
     distinct = {tuple(noise[i, j]) for i in range(4) for j in range(2)}
     assert len(distinct) == 7, "only seed 5 at position 1 repeats"
     for purpose in ("draft", "accept", "residual"):
-        assert not np.any(np.asarray(gumbel_noise(seeds, positions, 7, purpose)) == noise)
-    uniforms = {tuple(np.asarray(uniform_noise(seeds, positions, p)).ravel()) for p in ("draft", "accept", "residual")}
+        assert not np.any(np.asarray(jit_gumbel(seeds, positions, 7, purpose)) == noise)
+    uniforms = {tuple(np.asarray(jit_uniform(seeds, positions, p)).ravel()) for p in ("draft", "accept", "residual")}
     assert len(uniforms) == 3
 
 
@@ -130,8 +135,8 @@ def test_noise_has_its_law(vary):
     line = jnp.arange(count)
     seeds, positions = (line, jnp.zeros((count, 1))) if vary == "seed" else (jnp.zeros(count), line[:, None])
     seeds, positions = seeds.astype(jnp.uint32), positions.astype(jnp.int32)
-    uniform = np.asarray(uniform_noise(seeds, positions, "accept")).ravel()
-    gumbel = np.asarray(gumbel_noise(seeds, positions, 3, "choice"))
+    uniform = np.asarray(jit_uniform(seeds, positions, "accept")).ravel()
+    gumbel = np.asarray(jit_gumbel(seeds, positions, 3, "choice"))
     assert uniform.min() >= 0 and uniform.max() < 1
     assert stats.kstest(uniform, "uniform").pvalue > 1e-3
     assert stats.kstest(gumbel.ravel(), "gumbel_r").pvalue > 1e-3
