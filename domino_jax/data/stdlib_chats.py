@@ -82,19 +82,19 @@ def _solve_flags(text: str) -> str:
     return " ".join([_parse_signature(text).name, *flags])
 
 
-def _solve_init(text: str) -> str:
-    return "\n".join(f"self.{name} = {name}" for name, _ in _parameters(text) if name != "self")
+def _solve_load(text: str) -> str:
+    return "\n".join(f"{name} = self.{name}" for name, _ in _parameters(text) if name != "self")
 
 
 def _solve_json(text: str) -> str:
     return json.dumps(ast.literal_eval(text))
 
 
-def _solve_imports(text: str) -> str:
+def _solve_aliases(text: str) -> str:
     node = ast.parse(text).body[0]
     if not isinstance(node, ast.ImportFrom):
         raise CorpusError(f"{text!r} is not a from-import")
-    return "\n".join(f"from {node.module} import {alias.name}" for alias in node.names)
+    return "\n".join(f"{alias.name} = {node.module}.{alias.name}" for alias in node.names)
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,9 @@ TASKS = {
     "call": Task("Keyword call:", _solve_call),
     "docs": Task("Parameters:", _solve_docs),
     "flags": Task("Command line:", _solve_flags),
-    "init": Task("Attributes:", _solve_init),
+    "load": Task("Load attributes:", _solve_load),
     "json": Task("JSON:", _solve_json),
-    "imports": Task("Split imports:", _solve_imports),
+    "aliases": Task("Aliases:", _solve_aliases),
 }
 """Rewrites by name. The answer of each is a function of the prompt's text alone."""
 
@@ -171,11 +171,11 @@ def _sample_real(pool: _Pool, task: str, rng: random.Random) -> tuple[str, str]:
     if task == "json":
         module, pairs = rng.choice(pool.literals)
         return module, repr(dict(pairs))
-    if task == "imports":
+    if task == "aliases":
         module, source, names = rng.choice(pool.imports)
         return module, f"from {source} import {', '.join(names)}"
-    module, signature = rng.choice(pool.constructors if task == "init" else pool.signatures)
-    return module, _with_self(signature) if task == "init" else signature.render()
+    module, signature = rng.choice(pool.constructors if task == "load" else pool.signatures)
+    return module, _with_self(signature) if task == "load" else signature.render()
 
 
 def _with_self(signature: Signature) -> str:
@@ -198,13 +198,13 @@ class _Recombiner:
             values = [value for _, value in rng.choices(self.pairs, k=rng.randint(2, 5))]
             keys = [key for key, _ in rng.choices(self.pairs, k=len(values))]
             return module, repr(dict(zip(keys, values, strict=True)))
-        if task == "imports":
+        if task == "aliases":
             module, source, _ = rng.choice(self.pool.imports)
             names = dict.fromkeys(rng.choices(self.names, k=rng.randint(3, 4)))
             return module, f"from {source} import {', '.join(names)}"
         module, signature = rng.choice(self.pool.signatures)
         signature = self._signature(signature.name, rng)
-        return module, _with_self(signature) if task == "init" else signature.render()
+        return module, _with_self(signature) if task == "load" else signature.render()
 
     def _signature(self, name: str, rng: random.Random) -> Signature:
         drawn = dict(rng.choices(self.parameters, k=rng.randint(MIN_PARAMETERS, 6)))

@@ -1,9 +1,9 @@
 """A small byte-level BPE tokenizer with a chat template, for targets that a run builds itself.
 
-In: texts. Out: a transformers tokenizer, saved as a directory that `AutoTokenizer` loads offline. Words, digits,
-underscores and punctuation never share a token, so a name has the same tokens after a space, a bracket or an equals
-sign: copying names is what the embedded target has to learn. Every byte has a token: decoding gives back any text.
-Knows nothing about models or chats' content.
+In: texts. Out: a transformers tokenizer, saved as a directory that `AutoTokenizer` loads offline. Words (with an
+underscore before them), digits and punctuation never share a token, so a name has the same tokens after a space, a
+bracket or an equals sign: copying names is what the embedded target has to learn. Every byte has a token: decoding
+gives back any text. Knows nothing about models or chats' content.
 
 Source: byte-level BPE of GPT-2; ChatML messages and the names of the special tokens as Qwen uses them.
 """
@@ -19,7 +19,7 @@ END_OF_TEXT, TURN_START, TURN_END, MASK = "<|endoftext|>", "<|im_start|>", "<|im
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, MASK)
 """Padding, start and end of a turn (the end is also the stop token), and the drafter's mask token: ids 0 .. 3."""
 
-_PIECES = r"[A-Z]?[a-z]+|[A-Z]+|[0-9]|_|\n *|[^A-Za-z0-9_\s]+ ?|\s"
+_PIECES = r"_?[A-Z]?[a-z]+|_?[A-Z]+|[0-9]|_|\n *|[^A-Za-z0-9_\s]+ ?|\s"
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}

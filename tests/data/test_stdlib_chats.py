@@ -49,7 +49,7 @@ def test_answers_mean_what_they_should(split):
             names = [p.split("=")[0].strip() for p in material[material.index("(") + 1 : -1].split(", ")]
             assert all(k.arg == k.value.id for k in call.keywords)
             assert {k.arg for k in call.keywords} <= set(names)
-        elif chat.task in ("init", "imports"):
+        elif chat.task in ("load", "aliases"):
             ast.parse(answer)
 
 
@@ -59,9 +59,9 @@ def test_answers_mean_what_they_should(split):
         ("call", "def open_it(path, mode='r', *, newline=None)", "open_it(path=path, mode=mode, newline=newline)"),
         ("docs", "def f(a_b, c=-1)", "Args:\n    a_b: required\n    c: default -1"),
         ("flags", "def serve(host_name, port=80)", "serve --host-name --port=80"),
-        ("init", "def __init__(self, host, *, port=80)", "self.host = host\nself.port = port"),
+        ("load", "def __init__(self, host, *, port=80)", "host = self.host\nport = self.port"),
         ("json", "{'a': None, 'b': True, 'c': 'x'}", '{"a": null, "b": true, "c": "x"}'),
-        ("imports", "from os.path import join, split", "from os.path import join\nfrom os.path import split"),
+        ("aliases", "from os.path import join, split", "join = os.path.join\nsplit = os.path.split"),
     ],
 )
 def test_each_task_by_hand(task, material, answer):
