@@ -124,6 +124,17 @@ def _make_micro_loss(
     return micro_loss
 
 
+def _apply_update(
+    transform: optax.GradientTransformation, state: TrainState, grads: Params, learning_rate: Array, has_loss: Array
+) -> tuple[Params, optax.OptState]:
+    """Return updated parameters and moments, or the old ones where the batch had no loss at all."""
+    updates, opt_state = transform.update(grads, state.opt_state, state.params)
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    return jax.tree.map(
+        lambda new, old: jnp.where(has_loss, new, old), (params, opt_state), (state.params, state.opt_state)
+    )
+
+
 def make_train_step(
     target_config: TargetConfig,
     draft_config: DraftConfig,
@@ -171,11 +182,7 @@ def make_train_step(
         has_loss = sums.loss_den > 0
         grads = jax.tree.map(lambda g: g / jnp.where(has_loss, sums.loss_den, 1.0), grads)
         learning_rate = learning_rates(state.step)
-        updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(has_loss, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+        params, opt_state = _apply_update(transform, state, grads, learning_rate, has_loss)
         metrics = compute_metrics(sums, base_weight) | {
             "base_weight": base_weight,
             "learning_rate": learning_rate,
