@@ -119,7 +119,6 @@ REJECTION_VARIANTS = (
     "accept without q",
     "drafted at another temperature than q",
     "one noise for draft and accept",
-    "one noise for accept and residual",
     "always accept",
     "bonus repeats the last draft",
     "q of another slot",
@@ -127,7 +126,7 @@ REJECTION_VARIANTS = (
 
 
 def break_rejection(monkeypatch):
-    accept, uniform, gumbel = speculative.accept_by_ratio, speculative.uniform_noise, speculative.gumbel_noise
+    accept, uniform = speculative.accept_by_ratio, speculative.uniform_noise
     choose = speculative._choose_drafts
     num = len(REJECTION_VARIANTS)
 
@@ -142,16 +141,12 @@ def break_rejection(monkeypatch):
         at_end = jax.nn.one_hot(drafts[:, -1], VOCAB)
         plain = jnp.take_along_axis(target_probs, usual[:, None, None], axis=1)[:, 0]
         end_law = jnp.where((usual == drafts.shape[1])[:, None], at_end, law)
-        counts = select_row(usual, usual, blind, usual, usual, usual, all_kept, usual, rolled)
-        laws = select_row(law, plain, law, law, law, law, target_probs[:, -1], end_law, rolled_law)
+        counts = select_row(usual, usual, blind, usual, usual, all_kept, usual, rolled)
+        laws = select_row(law, plain, law, law, law, target_probs[:, -1], end_law, rolled_law)
         return counts, laws
 
     def broken_uniform(seed, positions, purpose):
         return only(4, uniform(seed, positions, "draft"), uniform(seed, positions, purpose))
-
-    def broken_gumbel(seed, positions, vocab_size, purpose):
-        usual = gumbel(seed, positions, vocab_size, purpose)
-        return only(5, gumbel(seed, positions, vocab_size, "accept"), usual) if purpose == "residual" else usual
 
     def broken_choose(settings, sampling, logits, noise):
         usual = choose(settings, sampling, logits, noise)
@@ -161,7 +156,6 @@ def break_rejection(monkeypatch):
     for name, function in (
         ("accept_by_ratio", broken_accept),
         ("uniform_noise", broken_uniform),
-        ("gumbel_noise", broken_gumbel),
         ("_choose_drafts", broken_choose),
     ):
         monkeypatch.setattr(speculative, name, function)
