@@ -17,11 +17,14 @@ import jax.numpy as jnp
 from domino_jax.config import ConfigError, TargetConfig
 from domino_jax.shapes import Array, Float, Params
 
+EMBEDDING_GAIN = 3.0
+"""Spread of the embeddings over the usual one: a copied token's logit is their length times sqrt(width), and at the
+usual spread a sure copy would still be an unsure prediction."""
 CONSTANT_SHARE = 0.5
 """Length of the direction all embeddings share, over the length of the rest: what a position-only head reads."""
-PREVIOUS_SHARPNESS, MATCH_SHARPNESS = 2.5, 1.5
+PREVIOUS_SHARPNESS, MATCH_SHARPNESS = 2.5, 2.0
 """q/k-norm weights of layers 0 and 1; scores grow with their square times sqrt(head width)."""
-PREVIOUS_GAIN, COPY_GAIN = 1.5, 5.0
+PREVIOUS_GAIN, COPY_GAIN = 2.0, 8.0
 """Size of what the two kinds of head write, over the size of an embedding."""
 PAIR_SHARE = 0.5
 """Weight of the token before the current one in the search; what it is read from is PREVIOUS_GAIN times as long."""
@@ -29,8 +32,8 @@ FAST_PAIRS = 4
 """RoPE pairs, fastest first, that tell a distance of 1 from its neighbours."""
 
 
-def _orthonormal(key: Array, rows: int, columns: int) -> Float[Array, "rows columns"]:
-    return jnp.linalg.qr(jax.random.normal(key, (rows, columns)))[0]
+def _orthonormal(drawn: Float[Array, "rows columns"]) -> Float[Array, "rows columns"]:
+    return jnp.linalg.qr(drawn)[0]
 
 
 def seed_copying(params: Params, config: TargetConfig, key: Array) -> Params:
@@ -45,21 +48,30 @@ def seed_copying(params: Params, config: TargetConfig, key: Array) -> Params:
             f"a copying start needs 2 layers, 2 heads and {4 * FAST_PAIRS} <= head_dim <= hidden_size; got "
             f"{config.num_hidden_layers} layers, {config.num_attention_heads} heads, head_dim {head}, width {width}"
         )
-    keys = jax.random.split(key, 4)
+    space_key, match_key = jax.random.split(key)
     constant = jnp.ones((width,)) * width**-0.5
     # Where a token's identity is read from, and where layer 0 leaves those of the previous token and the one before.
-    spaces = [_orthonormal(k, width, head) for k in keys[:3]]
-    read, first, second = (m - jnp.outer(constant, constant @ m) for m in spaces)
+    spaces = _separate_spaces(space_key, constant, head)
+    read, first, second = spaces
     embeddings = params["embed_tokens"]
-    embeddings = embeddings - (embeddings @ constant)[:, None] * constant
+    embeddings = EMBEDDING_GAIN * (embeddings - (embeddings @ constant)[:, None] * constant)
     length = jnp.sqrt(jnp.mean(jnp.sum(embeddings**2, -1)))
     # Values are of normed states (length sqrt(width)); embeddings are much shorter.
     to_embedding = length * width**-0.5
     return dict(params) | {
         "embed_tokens": embeddings + CONSTANT_SHARE * length * constant,
         "layers_0": _seed_previous(params["layers_0"], config, constant, read, (first, second), to_embedding),
-        "layers_1": _seed_match(params["layers_1"], config, (read, first, second), keys[3], to_embedding),
+        "layers_1": _seed_match(params["layers_1"], config, spaces, match_key, to_embedding),
     }
+
+
+def _separate_spaces(key: Array, constant: Float[Array, " D"], head: int) -> tuple[Array, Array, Array]:
+    """Return three `[D, H]` bases without the constant direction, orthogonal to each other as far as D goes."""
+    width = constant.shape[0]
+    drawn = jax.random.normal(key, (width, 3 * head + 1)).at[:, 0].set(constant)
+    basis = _orthonormal(drawn[:, :width])[:, 1:]
+    columns = jnp.arange(3 * head) % basis.shape[1]
+    return tuple(basis[:, columns[i * head : (i + 1) * head]] for i in range(3))
 
 
 def _groups(config: TargetConfig) -> int:
@@ -97,9 +109,9 @@ def _seed_match(
     # Slow RoPE pairs hardly turn within a chat: what they compare is content, not distance.
     slow = jnp.concatenate([jnp.arange(half) >= half // 2] * 2)
     mix_key, pair_key, value_key = jax.random.split(key, 3)
-    mix, pair_mix = (_orthonormal(k, head, head) * slow for k in (mix_key, pair_key))
+    mix, pair_mix = (_orthonormal(jax.random.normal(k, (head, head))) * slow for k in (mix_key, pair_key))
     query, match = read @ mix + PAIR_SHARE * first @ pair_mix, first @ mix + second @ pair_mix
-    values = _orthonormal(value_key, config.hidden_size, config.hidden_size)
+    values = _orthonormal(jax.random.normal(value_key, (config.hidden_size, config.hidden_size)))
     outputs = jnp.zeros_like(layer["o_proj"])
     for kv in range(min(config.num_key_value_heads, config.hidden_size // head)):
         columns, start = slice(kv * head, (kv + 1) * head), kv * _groups(config) * head

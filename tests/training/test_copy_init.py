@@ -1,4 +1,4 @@
-"""The copying start: an untrained target already continues what it has seen."""
+"""The copying start: an untrained target already continues what it has seen, also after a token that came up often."""
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,11 @@ from domino_jax.training.copy_init import seed_copying
 
 
 def _config(num_layers: int = 2) -> TargetConfig:
-    return TargetConfig(512, 192, 256, num_layers, 4, 2, 64, rope_theta=10_000.0, tie_word_embeddings=True)
+    return TargetConfig(512, 192, 256, num_layers, 4, 2, 64, rope_theta=1_000_000.0, tie_word_embeddings=True)
 
 
 def _repeat_accuracy(config: TargetConfig, params: dict) -> float:
-    first = jax.random.randint(jax.random.key(1), (8, 24), 4, config.vocab_size)
+    first = jax.random.randint(jax.random.key(1), (8, 24), 4, config.vocab_size).at[:, 3::3].set(7)
     tokens = jnp.concatenate([first, first], axis=1)
     model = Qwen3(config)
     hidden = model.apply({"params": params}, tokens).hidden
@@ -27,7 +27,7 @@ def test_a_repeated_sequence_is_continued_before_any_training():
     params = init_target_params(config, jax.random.key(0))
     seeded = seed_copying(params, config, jax.random.key(2))
     assert _repeat_accuracy(config, params) < 0.05
-    assert _repeat_accuracy(config, seeded) > 0.3
+    assert _repeat_accuracy(config, seeded) > 0.9
 
 
 def test_only_values_change():
