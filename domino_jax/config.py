@@ -434,7 +434,7 @@ class CorpusConfig:
     num_train_chats: int = 20000
     num_draft_chats: int = 4000
     num_eval_chats: int = 200
-    max_length: int = 192
+    max_length: int = 160
     vocab_size: int = 2048
     hidden_size: int = 192
     intermediate_size: int = 384
@@ -443,12 +443,12 @@ class CorpusConfig:
     num_key_value_heads: int = 2
     head_dim: int = 64
     rope_theta: float = 10_000.0
-    bucket_widths: tuple[int, ...] = (64, 128)
-    tokens_per_batch: int = 1024
-    target_steps: int = 1400
+    bucket_widths: tuple[int, ...] = (48, 96)
+    tokens_per_batch: int = 1536
+    target_steps: int = 520
     target_learning_rate: float = 2e-3
     response_batch_size: int = 64
-    response_max_new_tokens: int = 96
+    response_max_new_tokens: int = 64
 
     def __post_init__(self) -> None:
         _require_positive(

@@ -5,18 +5,21 @@ program; `bodies` asks for a function's body given its signature and docstring. 
 message.
 
 Held-out chats come from top-level modules nothing is trained on. Held-out rewrites use real material only; training
-rewrites are half real and half recombined (a real function name with parameters, literals or imports drawn from other
+rewrites are half real and half recombined (a real function name with parameters, or keys with values, drawn from other
 real places of the training modules), which gives far more distinct names to copy than the library's own combinations.
+Material in which a word occurs twice is left out: what follows a word is then never ambiguous to a small target.
 Everything is a function of the seed and of the library found; nothing here knows tokenizers, models or arrays.
 """
 
 import ast
 import json
 import random
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from domino_jax.data.stdlib_source import (
+    MAX_PARAMETERS,
     MIN_PARAMETERS,
     CorpusError,
     Material,
@@ -82,19 +85,12 @@ def _solve_flags(text: str) -> str:
     return " ".join([_parse_signature(text).name, *flags])
 
 
-def _solve_load(text: str) -> str:
-    return "\n".join(f"{name} = self.{name}" for name, _ in _parameters(text) if name != "self")
+def _solve_init(text: str) -> str:
+    return "\n".join(f"self.{name} = {name}" for name, _ in _parameters(text) if name != "self")
 
 
 def _solve_json(text: str) -> str:
     return json.dumps(ast.literal_eval(text))
-
-
-def _solve_aliases(text: str) -> str:
-    node = ast.parse(text).body[0]
-    if not isinstance(node, ast.ImportFrom):
-        raise CorpusError(f"{text!r} is not a from-import")
-    return "\n".join(f"{alias.name} = {node.module}.{alias.name}" for alias in node.names)
 
 
 @dataclass(frozen=True)
@@ -109,9 +105,8 @@ TASKS = {
     "call": Task("Keyword call:", _solve_call),
     "docs": Task("Parameters:", _solve_docs),
     "flags": Task("Command line:", _solve_flags),
-    "load": Task("Load attributes:", _solve_load),
+    "init": Task("Attributes:", _solve_init),
     "json": Task("JSON:", _solve_json),
-    "aliases": Task("Aliases:", _solve_aliases),
 }
 """Rewrites by name. The answer of each is a function of the prompt's text alone."""
 
@@ -148,7 +143,6 @@ class _Pool:
     signatures: list[tuple[str, Signature]]
     constructors: list[tuple[str, Signature]]
     literals: list[tuple[str, tuple[tuple[str, object], ...]]]
-    imports: list[tuple[str, str, tuple[str, ...]]]
     bodies: list[tuple[str, tuple[str, str]]]
 
     def parameters(self) -> list[tuple[str, str | None]]:
@@ -162,7 +156,6 @@ def _make_pool(materials: list[Material]) -> _Pool:
         signatures=list(dict.fromkeys((m.module, s) for m in materials for s in m.signatures)),
         constructors=list(dict.fromkeys((m.module, s) for m in materials for s in m.constructors)),
         literals=[(m.module, pairs) for m in materials for pairs in m.literals],
-        imports=list(dict.fromkeys((m.module, *entry) for m in materials for entry in m.imports)),
         bodies=list(dict.fromkeys((m.module, b) for m in materials for b in m.bodies)),
     )
 
@@ -171,11 +164,8 @@ def _sample_real(pool: _Pool, task: str, rng: random.Random) -> tuple[str, str]:
     if task == "json":
         module, pairs = rng.choice(pool.literals)
         return module, repr(dict(pairs))
-    if task == "aliases":
-        module, source, names = rng.choice(pool.imports)
-        return module, f"from {source} import {', '.join(names)}"
-    module, signature = rng.choice(pool.constructors if task == "load" else pool.signatures)
-    return module, _with_self(signature) if task == "load" else signature.render()
+    module, signature = rng.choice(pool.constructors if task == "init" else pool.signatures)
+    return module, _with_self(signature) if task == "init" else signature.render()
 
 
 def _with_self(signature: Signature) -> str:
@@ -189,25 +179,20 @@ class _Recombiner:
     pool: _Pool
     parameters: list[tuple[str, str | None]]
     pairs: list[tuple[str, object]]
-    names: list[str]
 
     def sample(self, task: str, rng: random.Random) -> tuple[str, str]:
         """Return (module of the leading name, prompt material)."""
         if task == "json":
             module, _ = rng.choice(self.pool.literals)
-            values = [value for _, value in rng.choices(self.pairs, k=rng.randint(2, 5))]
+            values = [value for _, value in rng.choices(self.pairs, k=rng.randint(2, 4))]
             keys = [key for key, _ in rng.choices(self.pairs, k=len(values))]
             return module, repr(dict(zip(keys, values, strict=True)))
-        if task == "aliases":
-            module, source, _ = rng.choice(self.pool.imports)
-            names = dict.fromkeys(rng.choices(self.names, k=rng.randint(3, 4)))
-            return module, f"from {source} import {', '.join(names)}"
         module, signature = rng.choice(self.pool.signatures)
         signature = self._signature(signature.name, rng)
-        return module, _with_self(signature) if task == "load" else signature.render()
+        return module, _with_self(signature) if task == "init" else signature.render()
 
     def _signature(self, name: str, rng: random.Random) -> Signature:
-        drawn = dict(rng.choices(self.parameters, k=rng.randint(MIN_PARAMETERS, 6)))
+        drawn = dict(rng.choices(self.parameters, k=rng.randint(MIN_PARAMETERS, MAX_PARAMETERS)))
         drawn.pop("self", None)
         required = [(p, d) for p, d in drawn.items() if d is None]
         optional = [(p, d) for p, d in drawn.items() if d is not None]
@@ -216,18 +201,27 @@ class _Recombiner:
         return Signature(name, (*required, *optional[:split]), tuple(optional[split:]))
 
 
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+
+
+def repeats_a_word(text: str) -> bool:
+    """Return whether a word of the names and literals in `text` occurs twice (keywords of the language apart)."""
+    words = [word.lower() for word in _WORD.findall(text) if word not in ("None", "True", "False")]
+    return len(set(words)) < len(words)
+
+
 def _iterate_rewrites(pool: _Pool, rng: random.Random, recombined_share: float) -> Iterator[Chat]:
     recombiner = _Recombiner(
         pool,
         parameters=pool.parameters(),
         pairs=[pair for _, pairs in pool.literals for pair in pairs],
-        names=list(dict.fromkeys(name for _, _, names in pool.imports for name in names)),
     )
     while True:
         for task in TASKS:
             is_recombined = rng.random() < recombined_share
             module, text = recombiner.sample(task, rng) if is_recombined else _sample_real(pool, task, rng)
-            yield _make_chat(task, module, text)
+            if not repeats_a_word(text):
+                yield _make_chat(task, module, text)
 
 
 def _take_distinct(chats: Iterator[Chat], count: int, what: str) -> list[Chat]:

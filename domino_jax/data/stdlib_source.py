@@ -1,7 +1,7 @@
 """Material from the Python standard library's own source files, by `ast`.
 
 In: the running interpreter's `*.py` files (tests, platform data and generated tables left out). Out: signatures,
-constant dictionaries, imports and function bodies, file by file in name order, and the split of top-level modules into
+constant dictionaries and function bodies, file by file in name order, and the split of top-level modules into
 training and held-out ones. Knows nothing about chats, tokenizers or models.
 """
 
@@ -19,7 +19,7 @@ _SKIPPED_FOLDERS = frozenset({"test", "tests", "idle_test", "site-packages", "di
 _SKIPPED_FOLDERS |= {"__pycache__", "lib-dynload", "pydoc_data", "turtledemo", "__phello__"}
 _SKIPPED_PREFIXES = ("_sysconfigdata", "__phello__", "_sysconfig_vars")
 _MAX_NAME, _MAX_LITERAL = 24, 14
-MIN_PARAMETERS, MAX_PARAMETERS = 3, 7
+MIN_PARAMETERS, MAX_PARAMETERS = 2, 5
 
 
 class CorpusError(ValueError):
@@ -50,7 +50,6 @@ class Material:
         signatures: functions without `*args`, `**kwargs` and with short literal defaults; `self` and `cls` dropped.
         constructors: the same for `__init__`, named after it.
         literals: dictionaries of string keys and constants, and the constant keyword arguments of calls, as pairs.
-        imports: (module, imported names), of import statements and of the file's own public definitions.
         bodies: (signature and docstring, body) sources.
     """
 
@@ -58,7 +57,6 @@ class Material:
     signatures: list[Signature]
     constructors: list[Signature]
     literals: list[tuple[tuple[str, object], ...]]
-    imports: list[tuple[str, tuple[str, ...]]]
     bodies: list[tuple[str, str]]
 
 
@@ -101,7 +99,7 @@ def read_material(module: str, path: Path, with_bodies: bool = False) -> Materia
             tree = ast.parse(source)
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return None
-    material = Material(module, [], [], [], [], [])
+    material = Material(module, [], [], [], [])
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef):
             _collect_signature(node, material)
@@ -111,12 +109,6 @@ def read_material(module: str, path: Path, with_bodies: bool = False) -> Materia
             _collect_pairs(list(zip(node.keys, node.values, strict=True)), material)
         elif isinstance(node, ast.Call):
             _collect_pairs([(ast.Constant(k.arg), k.value) for k in node.keywords], material)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            _collect_import(node.module, [alias.name for alias in node.names], material)
-    definitions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)]
-    public = [name for name in definitions if not name.startswith("_")]
-    for start in range(0, len(public), 4):
-        _collect_import(module, public[start : start + 4], material)
     return material
 
 
@@ -180,12 +172,6 @@ def _is_json_pair(key: str, value: object) -> bool:
     texts = [key, value] if isinstance(value, str) else [key]
     is_plain = all(t.isascii() and t.isprintable() and not set(t) & set("'\"\\") for t in texts)
     return is_plain and (value is None or isinstance(value, str | bool | int))
-
-
-def _collect_import(module: str, names: list[str], material: Material) -> None:
-    names = [name for name in names if _is_name(name)]
-    if 3 <= len(names) <= 4 and len(module) <= _MAX_NAME:
-        material.imports.append((module, tuple(names)))
 
 
 def _collect_body(node: ast.FunctionDef, material: Material) -> None:

@@ -26,7 +26,7 @@ class StageProgress:
         self._task = bar.add_task(name, total=total, completed=done, shown="") if bar else None
         self._began, self._began_at, self._printed = time.monotonic(), done, 0.0
 
-    def advance(self, count: int = 1, **shown: float | str | None) -> None:
+    def advance(self, count: int = 1, **shown: float | int | str | None) -> None:
         """Count `count` more items and show the values given; None values are left out."""
         self._done += count
         text = "  ".join(f"{k} {_short(v)}" for k, v in shown.items() if v is not None)
@@ -61,7 +61,7 @@ class RunMonitor:
         """Print a message."""
         self.console.print(text, markup=False)
 
-    def log(self, stage: str, step: int, values: Mapping[str, float | list[float]]) -> None:
+    def log(self, stage: str, step: int, values: Mapping[str, float | int | list]) -> None:
         """Keep one row; single numbers also go to TensorBoard as `stage/name`."""
         row = {"stage": stage, "step": step, **values}
         if self._path:
@@ -117,7 +117,7 @@ def _whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
             return
 
 
-def _short(value: float | str) -> str:
+def _short(value: float | int | str) -> str:
     if isinstance(value, str):
         return value
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

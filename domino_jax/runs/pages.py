@@ -47,7 +47,7 @@ def plot_metrics(rows: Sequence[Mapping[str, Any]], slots: Mapping[str, Sequence
 def _plot_losses(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
     figure, axes = _figure("optimizer step", "cross-entropy (nats)")
     steps = [row["step"] for row in rows]
-    for name, label in (("final_loss", "corrected logits"), ("base_loss", "base logits")):
+    for name, label in (("corrected_loss", "corrected logits"), ("base_loss", "base logits")):
         if name in rows[0]:
             axes.plot(steps, [row[name] for row in rows], label=label)
     weight = axes.twinx()

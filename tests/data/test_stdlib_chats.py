@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from domino_jax.data.stdlib_chats import TASKS, build_chats, check_answer
+from domino_jax.data.stdlib_chats import TASKS, build_chats, check_answer, repeats_a_word
 from domino_jax.data.stdlib_source import CorpusError, find_modules, is_held_out
 
 
@@ -19,6 +19,11 @@ def test_counts_tasks_and_distinct_prompts(split):
     assert {chat.task for chat in split.train} == {chat.task for chat in split.eval} == set(TASKS)
     prompts = [chat.messages[0]["content"] for chat in split.train]
     assert len(set(prompts)) == len(prompts)
+
+
+def test_no_word_of_the_material_occurs_twice(split):
+    assert not any(repeats_a_word(chat.messages[0]["content"].split("\n", 1)[1]) for chat in split.train)
+    assert repeats_a_word("def f(file, file_name)") and not repeats_a_word("def f(a=None, b=None)")
 
 
 def test_no_module_on_both_sides(split):
@@ -49,7 +54,7 @@ def test_answers_mean_what_they_should(split):
             names = [p.split("=")[0].strip() for p in material[material.index("(") + 1 : -1].split(", ")]
             assert all(k.arg == k.value.id for k in call.keywords)
             assert {k.arg for k in call.keywords} <= set(names)
-        elif chat.task in ("load", "aliases"):
+        elif chat.task == "init":
             ast.parse(answer)
 
 
@@ -59,9 +64,8 @@ def test_answers_mean_what_they_should(split):
         ("call", "def open_it(path, mode='r', *, newline=None)", "open_it(path=path, mode=mode, newline=newline)"),
         ("docs", "def f(a_b, c=-1)", "Args:\n    a_b: required\n    c: default -1"),
         ("flags", "def serve(host_name, port=80)", "serve --host-name --port=80"),
-        ("load", "def __init__(self, host, *, port=80)", "host = self.host\nport = self.port"),
+        ("init", "def __init__(self, host, *, port=80)", "self.host = host\nself.port = port"),
         ("json", "{'a': None, 'b': True, 'c': 'x'}", '{"a": null, "b": true, "c": "x"}'),
-        ("aliases", "from os.path import join, split", "join = os.path.join\nsplit = os.path.split"),
     ],
 )
 def test_each_task_by_hand(task, material, answer):
