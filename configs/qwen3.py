@@ -13,7 +13,8 @@ Why these values:
   - lambda falls from 1 to 0 over the whole run: first a good backbone, then the head on top of it.
 """
 
-from domino_jax.config import (
+from domino_jax.config_flags import choose_variant
+from domino_jax.run_config import (
     DataConfig,
     DraftSettings,
     ObjectiveConfig,
@@ -22,7 +23,6 @@ from domino_jax.config import (
     TargetSource,
     TrainConfig,
 )
-from domino_jax.config_flags import choose_variant
 
 TARGETS = {"8b": "Qwen/Qwen3-8B", "4b": "Qwen/Qwen3-4B"}
 

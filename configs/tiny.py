@@ -9,7 +9,8 @@ Why these values:
   - learning rate, warm-up, clipping, gamma and curriculum are the published ones.
 """
 
-from domino_jax.config import (
+from domino_jax.config_flags import choose_variant
+from domino_jax.run_config import (
     CorpusConfig,
     DataConfig,
     DraftSettings,
@@ -18,7 +19,6 @@ from domino_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from domino_jax.config_flags import choose_variant
 
 
 def get_config(variant: str = "") -> RunConfig:

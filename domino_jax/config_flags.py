@@ -26,7 +26,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from domino_jax.config import ConfigError, RunConfig, from_json_dict, near_names, to_json_dict
+from domino_jax.config import ConfigError, from_json_dict, near_names, to_json_dict
+from domino_jax.run_config import RunConfig
 
 FlagDefault = bool | int | float | str
 

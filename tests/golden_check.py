@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from domino_jax.config import ObjectiveConfig, default_target_layer_ids
+from domino_jax.config import default_target_layer_ids
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.qwen3 import Qwen3
+from domino_jax.run_config import ObjectiveConfig
 from domino_jax.training.schedule import base_weight_schedule
 from tests.golden_draft import check_backbone, check_training
 from tests.golden_files import RULE_TOLERANCE, Result, find_target, open_draft, open_target, read_json
@@ -46,7 +47,7 @@ def check_target_io(root: Path, stem: str) -> Result:
     length = max(prompts[p].shape[1] + greedy[p].shape[1] for p in prefixes)
 
     @jax.jit
-    def forward(ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def forward(params: dict, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
         output = model.apply({"params": params}, ids)
         layers = jnp.stack(jnp.split(output.features, config.num_hidden_layers, axis=-1)[:-1])
         hidden = jnp.concatenate([params["embed_tokens"][ids][None], layers, output.hidden[None]])
@@ -56,7 +57,7 @@ def check_target_io(root: Path, stem: str) -> Result:
     for p in prefixes:
         # Prompt, recorded continuation, padding: attention is causal, so one compiled length serves them all.
         ids = np.concatenate([prompts[p], greedy[p]], axis=1)
-        hidden, logits = forward(np.pad(ids, ((0, 0), (0, length - ids.shape[1]))).astype(np.int32))
+        hidden, logits = forward(params, np.pad(ids, ((0, 0), (0, length - ids.shape[1]))).astype(np.int32))
         size = prompts[p].shape[1]
         result.compare(f"{p}.hidden_states", hidden[:, :, :size], recorded[f"{p}.hidden_states"])
         result.compare(f"{p}.logits", logits[:, :size], recorded[f"{p}.logits"])

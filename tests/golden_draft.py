@@ -28,6 +28,7 @@ from tests.golden_files import (
 )
 
 GAMMA = 7.0  # of the recorded runs named gamma_7
+FLOAT32 = jnp.dtype("float32")
 # Names of the recorded numbers, and ours.
 METRIC_NAMES = {
     "loss": "loss",
@@ -53,8 +54,8 @@ def check_backbone(root: Path, name: str) -> Result:
     num_positions = rounds[-1]["cache_k_after_forward"].shape[3] + longest + 2
     verify = _jit_verify(target_config, target_params, draft.config.target_layer_ids)
     run_draft = _jit_draft(draft, target_params)
-    target_cache = init_target_cache(target_config, 1, num_positions, jnp.float32)
-    cache = init_draft_cache(draft.config, 1, num_positions, jnp.float32)
+    target_cache = init_target_cache(target_config, 1, num_positions, FLOAT32)
+    cache = init_draft_cache(draft.config, 1, num_positions, FLOAT32)
     result = Result()
     # The prompt in pieces as wide as a verify pass; what a piece writes past it is overwritten before it is seen.
     features, start, width = [], 0, rounds[0]["verify_ids"].shape[1]
@@ -93,29 +94,31 @@ def _jit_verify(config: object, params: dict, layer_ids: tuple[int, ...]) -> Cal
     model = Qwen3(config, layer_ids)
 
     @jax.jit
-    def verify(ids: jax.Array, start: jax.Array, cache: object) -> tuple:
+    def verify(params: dict, ids: jax.Array, start: jax.Array, cache: object) -> tuple:
         output = model.apply({"params": params}, ids, start, cache, method=Qwen3.forward_cached)
         return output.features, model.apply({"params": params}, output.hidden, method=Qwen3.logits), output.cache
 
-    return verify
+    return partial(verify, params)
 
 
 def _jit_draft(draft: object, target_params: dict) -> Callable:
     """Return one round of a drafter, written apart from `decoding`: named as in the recorded files."""
-    config, embedding = draft.config, target_params["embed_tokens"]
-    backbone = partial(DraftBackbone(config).apply, {"params": draft.params["backbone"]})
+    config = draft.config
 
+    # Weights are arguments: as constants of the program they would be folded while it is compiled.
     @jax.jit
-    def run(features: jax.Array, start: jax.Array, block_ids: jax.Array, anchor_pos: jax.Array, cache: object) -> tuple:
+    def run(weights: tuple, features: jax.Array, start: jax.Array, block_ids: jax.Array, anchor_pos: jax.Array, cache):
+        params, embedding, output_head = weights
+        backbone = partial(DraftBackbone(config).apply, {"params": params["backbone"]})
         cache = backbone(backbone(features, method="project_context"), start, cache, method="write_context")
         block = embedding[block_ids]
         hidden = backbone(block, anchor_pos, cache, method="draft")
         rows = hidden if config.shift_label else hidden[:, 1:]
-        base = project_to_vocabulary(rows, head_weight(target_params))
+        base = project_to_vocabulary(rows, output_head)
         ours = {"noise_embedding": block, "draft_hidden": hidden, "rollout_hidden": rows, "base_logits": base}
         if not config.has_head:
             return cache, ours | {"draft_tokens": base.argmax(-1)}
-        head = partial(DominoHead(config).apply, {"params": draft.params["head"]})
+        head = partial(DominoHead(config).apply, {"params": params["head"]})
         first = min(config.pure_draft_prefix_len, rows.shape[1])
 
         def step(carry: tuple, slot: tuple) -> tuple:
@@ -132,7 +135,7 @@ def _jit_draft(draft: object, target_params: dict) -> Callable:
         ours |= {"draft_tokens": tokens, "prefix_logits": base[:, :first]}
         return cache, ours | {"corrected_logits": logits[:, first:], "gru_states": states[:, first:]}
 
-    return run
+    return partial(run, (draft.params, target_params["embed_tokens"], head_weight(target_params)))
 
 
 def check_training(root: Path, name: str) -> Result:
@@ -145,7 +148,8 @@ def check_training(root: Path, name: str) -> Result:
     length, block = data["input_ids"].shape[1], draft.config.block_size
     lengths = np.full(len(anchor_pos), length, np.int32)
     result = Result()
-    common = (draft.config, data["input_ids"], data["loss_mask"], lengths, anchor_pos, keep)
+    arrays = (data["input_ids"], data["loss_mask"], lengths, anchor_pos, keep)
+    common = (draft.config, *map(jnp.asarray, arrays))
     blocks, flat = build_blocks(*common, GAMMA), build_blocks(*common, 0.0)
     has_label = keep[..., None] & (anchor_pos[..., None] + np.arange(block) + draft.config.shift_label < length)
     result.equal("labels", np.where(has_label, blocks.labels, 0), np.where(has_label, data["labels"], 0))
@@ -161,36 +165,33 @@ def check_training(root: Path, name: str) -> Result:
     offsets = (anchor_pos[..., None] + np.arange(block)).reshape(len(anchor_pos), -1)
     context = np.broadcast_to(np.arange(length), (len(anchor_pos), length))
     result.equal("position_ids", np.concatenate([context, offsets], axis=1), data["position_ids"])
-    is_candidate = np.take_along_axis(np.asarray(find_candidates(data["loss_mask"])), anchor_pos, axis=1)
+    is_candidate = np.take_along_axis(np.asarray(find_candidates(jnp.asarray(data["loss_mask"]))), anchor_pos, axis=1)
     result.equal("anchors that are no candidates", np.sum(~is_candidate & keep), 0)
     _compare_losses(result, draft, target_params, data, lengths, runs)
     return result
 
 
-def _jit_losses(draft: object, target_params: dict, data: dict, lengths: np.ndarray, gamma: float, weight: float):
-    """Return one program for everything that is recorded of a drafter's losses."""
-    config, keep, anchor_pos = draft.config, data["block_keep_mask"], data["anchor_positions"]
-    embedding, head = target_params["embed_tokens"], head_weight(target_params)
-    inputs = data["input_ids"], data["loss_mask"], lengths, anchor_pos, keep
+def _jit_losses(config: object, gamma: float, weight: float) -> Callable:
+    """Return one program for everything that is recorded of a drafter's losses; all data are its arguments."""
 
-    def sum_losses(params: dict, decay: float) -> object:
-        features = data["hidden_states"]
-        return block_losses(config, params, embedding, head, features, *inputs, decay, weight, head_chunk=4)[0]
+    def sum_losses(params: dict, decay: float, embedding: jax.Array, head: jax.Array, features: jax.Array, inputs):
+        return block_losses(config, params, embedding, head, features, *inputs, decay, weight, 4, FLOAT32)[0]
 
-    def loss(params: dict) -> tuple:
-        sums = sum_losses(params, gamma)
+    def loss(params: dict, *rest: object) -> tuple:
+        sums = sum_losses(params, gamma, *rest)
         return mix_losses(sums, weight) / sums.loss_den, sums
 
     @jax.jit
-    def run(params: dict) -> tuple:
+    def run(params: dict, embedding: jax.Array, head: jax.Array, features: jax.Array, inputs: tuple) -> tuple:
         blocks = build_blocks(config, *inputs, 0.0)
         backbone = partial(DraftBackbone(config).apply, {"params": params["backbone"]})
-        context = backbone(data["hidden_states"], method="project_context")
-        hidden = backbone(context, embedding[blocks.token_ids], anchor_pos, method="train")
+        context = backbone(features, method="project_context")
+        hidden = backbone(context, embedding[blocks.token_ids], inputs[3], method="train")
         flat_hidden, flat_ids = (x.reshape(-1, *x.shape[2:]) for x in (hidden, blocks.teacher_ids))
         logits = draft_logits(config, params, embedding, head, flat_hidden, flat_ids)
-        gradients, sums = jax.grad(loss, has_aux=True)(params)
-        return hidden, logits, gradients, {gamma: sums, 0.0: sum_losses(params, 0.0)}
+        rest = embedding, head, features, inputs
+        gradients, sums = jax.grad(loss, has_aux=True)(params, *rest)
+        return hidden, logits, gradients, {gamma: sums, 0.0: sum_losses(params, 0.0, *rest)}
 
     return run
 
@@ -200,8 +201,11 @@ def _compare_losses(
 ) -> None:
     keep, grad_run = data["block_keep_mask"], recorded["grad_run"]
     weight = recorded["runs"][grad_run].get("lambda_base", 0.0)
-    run = _jit_losses(draft, target_params, data, lengths, GAMMA, weight)
-    hidden, (corrected, base), gradients, sums_by_gamma = run(draft.params)
+    inputs = data["input_ids"], data["loss_mask"], lengths, data["anchor_positions"], keep
+    run = _jit_losses(draft.config, GAMMA, weight)
+    hidden, (corrected, base), gradients, sums_by_gamma = run(
+        draft.params, target_params["embed_tokens"], head_weight(target_params), data["hidden_states"], inputs
+    )
     result.compare("draft_hidden", hidden[keep], data["draft_hidden"][keep])
     for name, ours in (("base_logits", base), ("final_logits", corrected)):
         if name in data:

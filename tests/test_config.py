@@ -6,8 +6,6 @@ import pytest
 
 from domino_jax.config import (
     ConfigError,
-    CorpusConfig,
-    RunConfig,
     SamplingConfig,
     TargetConfig,
     default_target_layer_ids,
@@ -23,6 +21,7 @@ from domino_jax.config_flags import (
     parse_config,
     parse_or_exit,
 )
+from domino_jax.run_config import CorpusConfig, RunConfig
 
 CONFIG_FILE = """
 from domino_jax.config import CorpusConfig, RunConfig

@@ -2,8 +2,9 @@
 
 import pytest
 
-from domino_jax.config import RunConfig, TargetConfig, from_json_dict, to_json_dict
+from domino_jax.config import TargetConfig, from_json_dict, to_json_dict
 from domino_jax.config_flags import parse_config
+from domino_jax.run_config import RunConfig
 
 LOCATIONS = ["tiny.py", "stdlib.py", "qwen3.py", "qwen3.py:4b", "qwen3.py:8b"]
 

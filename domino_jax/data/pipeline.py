@@ -20,10 +20,10 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.config import DataConfig
 from domino_jax.data.chat_template import ChatTemplateError, render_chat
 from domino_jax.data.responses import RawRow, ResponsesError, RowError, RowReport, parse_row, scan_rows
 from domino_jax.records import TrainBatch
+from domino_jax.run_config import DataConfig
 
 _Tokens = tuple[list[int], list[int]]
 

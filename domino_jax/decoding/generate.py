@@ -23,7 +23,7 @@ from domino_jax.ops.sampling import SamplingParams
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
 from domino_jax.shapes import Params
 
-_CACHE_STEP = 256
+_CACHE_STEP = 128
 
 
 class DecodingError(ValueError):

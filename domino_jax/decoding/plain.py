@@ -29,9 +29,7 @@ def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState
     target = Qwen3(settings.target, dtype=jnp.dtype(settings.dtype))
     variables = {"params": params.target}
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)
-    output = target.apply(
-        variables, anchors, state.anchor_pos, state.target_cache, method=Qwen3.forward_cached
-    )
+    output = target.apply(variables, anchors, state.anchor_pos, state.target_cache, method=Qwen3.forward_cached)
     logits = target.apply(variables, output.hidden, method=Qwen3.logits)
     chosen = choose_next(logits, state.committed_len[:, None], state, settings)
     state = state.replace(target_cache=output.cache)
@@ -42,6 +40,4 @@ def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 def decode_plain(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> DecodeState:
     """Run `plain_step` until every row is done; `state` is donated."""
-    return jax.lax.while_loop(
-        lambda s: ~jnp.all(s.is_done), lambda s: plain_step(settings, params, s), state
-    )
+    return jax.lax.while_loop(lambda s: ~jnp.all(s.is_done), lambda s: plain_step(settings, params, s), state)

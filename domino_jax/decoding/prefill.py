@@ -43,9 +43,7 @@ def prefill_chunk(
     target = Qwen3(settings.target, layers, jnp.dtype(settings.dtype))
     tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start, chunk_len, axis=1)
     starts = jnp.full_like(state.committed_len, start)
-    output = target.apply(
-        {"params": params.target}, tokens, starts, state.target_cache, method=Qwen3.forward_cached
-    )
+    output = target.apply({"params": params.target}, tokens, starts, state.target_cache, method=Qwen3.forward_cached)
     state = state.replace(target_cache=output.cache)
     if settings.draft:
         draft_cache = write_features(settings, params, output.features, starts, state.draft_cache)

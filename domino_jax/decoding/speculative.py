@@ -93,9 +93,7 @@ def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeSt
     return _roll_out_head(settings, state.sampling, params, head, hidden, base_logits, anchors, noise)
 
 
-def _choose_drafts(
-    settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None
-) -> Proposal:
+def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
     if noise is None:
         return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
     log_weights = scale_and_filter(logits, sampling, settings.has_filters)
@@ -173,9 +171,7 @@ def accept_block(
     positions = state.committed_len[:, None] + jnp.arange(logits.shape[1])
     if settings.rule != "rejection":
         return accept_equal(proposal.tokens, choose_next(logits, positions, state, settings))
-    target_probs = row_probabilities(
-        scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling
-    )
+    target_probs = row_probabilities(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling)
     uniform = uniform_noise(state.sampling.seed, positions[:, :-1], "accept")
     num_accepted, law = accept_by_ratio(proposal.tokens, proposal.probs, target_probs, uniform)
     after = (state.committed_len + num_accepted)[:, None]
@@ -211,6 +207,4 @@ def decode_speculative(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose = propose_block
 ) -> DecodeState:
     """Run rounds until every row is done; `state` is donated."""
-    return jax.lax.while_loop(
-        lambda s: ~jnp.all(s.is_done), lambda s: run_round(settings, params, s, propose), state
-    )
+    return jax.lax.while_loop(lambda s: ~jnp.all(s.is_done), lambda s: run_round(settings, params, s, propose), state)

@@ -159,9 +159,7 @@ def _measure_batch(
     decoder: Decoder, batch: list[tuple[int, list[int]]], settings: BenchmarkSettings, batch_id: int
 ) -> list[Row]:
     prompts = [ids for _, ids in batch]
-    sampling = [
-        replace(settings.sampling, seed=(settings.sampling.seed + index) % 2**32) for index, _ in batch
-    ]
+    sampling = [replace(settings.sampling, seed=(settings.sampling.seed + index) % 2**32) for index, _ in batch]
     is_speculative = decoder.settings.draft is not None
     plain_runs: list[_Run] = []
     speculative_runs: list[_Run] = []

@@ -53,9 +53,7 @@ class DraftBackbone(nn.Module):
         projected = features.astype(self.dtype) @ self.fc.astype(self.dtype)
         return rms_norm(projected, self.hidden_norm, self.config.rms_norm_eps)
 
-    def write_context(
-        self, context: Float[Array, "B T D"], start: Int[Array, " B"], cache: KVCache
-    ) -> KVCache:
+    def write_context(self, context: Float[Array, "B T D"], start: Int[Array, " B"], cache: KVCache) -> KVCache:
         """Write every layer's keys and values of context vectors at positions `start ..`; they must fit the cache."""
         positions = start[:, None] + jnp.arange(context.shape[1])
         for i, layer in enumerate(self.layers):

@@ -105,9 +105,7 @@ class Qwen3(nn.Module):
             captured[i] = x
         return self._output(x, captured, None)
 
-    def forward_cached(
-        self, token_ids: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache
-    ) -> TargetOutput:
+    def forward_cached(self, token_ids: Int[Array, "B T"], start: Int[Array, " B"], cache: KVCache) -> TargetOutput:
         """Run T tokens at positions `start ..`, writing their keys and values there; `start + T` must fit the cache.
 
         A token sees every cache position up to its own, so what lies at later positions never matters.

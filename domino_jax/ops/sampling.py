@@ -87,9 +87,7 @@ def gumbel_noise(
     return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)))(keys)
 
 
-def uniform_noise(
-    seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose
-) -> Float[Array, "B T"]:
+def uniform_noise(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
     """Return one number of [0, 1) for each absolute position."""
     keys = _noise_keys(seed, positions, purpose)
     return jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32)))(keys)

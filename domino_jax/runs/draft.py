@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints
-from domino_jax.config import DraftConfig, RunConfig, TargetConfig, to_json_dict
+from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
 from domino_jax.data.chat_template import encode_prompt, find_mask_id, find_stop_ids
 from domino_jax.data.pipeline import BatchIterator, build_dataset
 from domino_jax.data.responses import read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.records import TrainBatch
+from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
@@ -175,8 +176,8 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             state, metrics = train_step(state, run.target.params, *_split(batch, run.config.data.micro_steps))
             is_last = step == run.num_steps
             if step % train.log_every == 0 or is_last:
-                tokens_per_s = num_tokens / (time.perf_counter() - began)
-                _log(run, progress, step, metrics, tokens_per_s)
+                values = {name: np.asarray(value).tolist() for name, value in metrics.items()}  # waits for the device
+                _log(run, progress, step, values, num_tokens / (time.perf_counter() - began))
                 began, num_tokens = time.perf_counter(), 0
             else:
                 progress.advance()
@@ -197,8 +198,7 @@ def _split(batch: TrainBatch, micro_steps: int) -> tuple[np.ndarray, np.ndarray,
     return split(batch.input_ids), split(batch.loss_mask), split(batch.lengths)
 
 
-def _log(run: _Training, progress: StageProgress, step: int, metrics: dict, tokens_per_s: float) -> None:
-    values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
+def _log(run: _Training, progress: StageProgress, step: int, values: dict, tokens_per_s: float) -> None:
     run.monitor.log(STAGE, step, values | {"tokens_per_s": tokens_per_s})
     progress.advance(loss=values["loss"], accept_len=values["accept_len"], tau=run.tau, **{"tokens/s": tokens_per_s})
 

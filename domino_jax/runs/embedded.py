@@ -14,12 +14,13 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.huggingface import save_target
 from domino_jax.checkpoints.train_state import TrainCheckpoints
-from domino_jax.config import CorpusConfig, RunConfig, TargetConfig, to_json_dict
+from domino_jax.config import TargetConfig, to_json_dict
 from domino_jax.data.buckets import LengthBuckets
 from domino_jax.data.chat_template import render_chat
 from domino_jax.data.responses import read_chats, write_chats
 from domino_jax.data.stdlib_chats import Chat, build_chats
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
 from domino_jax.runs.folder import RunFolder, build_once
 from domino_jax.runs.monitor import RunMonitor, read_rows
@@ -117,7 +118,7 @@ def _train(
                 )
                 window.append((metrics, int(batch.lengths.sum())))
                 if step % _LOG_EVERY == 0 or step == corpus.target_steps:
-                    values = _summarise(window, time.perf_counter() - began)
+                    values = _summarise(window, began)
                     monitor.log(STAGE, step, values)
                     progress.advance(
                         len(window), **{"tokens/s" if k == "tokens_per_s" else k: values[k] for k in values}
@@ -132,9 +133,10 @@ def _train(
     return state
 
 
-def _summarise(window: Sequence[tuple[dict, int]], seconds: float) -> dict[str, float]:
+def _summarise(window: Sequence[tuple[dict, int]], began: float) -> dict[str, float]:
+    """Return the means of a window of steps; reading them waits for the device, so the clock is read afterwards."""
     means = {name: float(np.mean([float(m[name]) for m, _ in window])) for name in ("loss", "accuracy")}
-    return means | {"tokens_per_s": sum(count for _, count in window) / seconds}
+    return means | {"tokens_per_s": sum(count for _, count in window) / (time.perf_counter() - began)}
 
 
 def prompt_messages(chats: Sequence[Chat]) -> list[list[dict[str, str]]]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import RunConfig, to_json_dict
+from domino_jax.config import to_json_dict
+from domino_jax.run_config import RunConfig
 
 
 class RunError(ValueError):

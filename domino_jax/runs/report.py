@@ -12,12 +12,13 @@ from typing import Any
 import jax
 
 from domino_jax.checkpoints.huggingface import load_draft
-from domino_jax.config import RunConfig, SamplingConfig
+from domino_jax.config import SamplingConfig
 from domino_jax.data.stdlib_chats import Chat, check_answer
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.benchmark import BenchmarkSettings, measure, write_rows
 from domino_jax.evaluation.metrics import Row, acceptance_by_slot, summarise, tau_over_prompts
 from domino_jax.evaluation.prompts import Prompt
+from domino_jax.run_config import RunConfig
 from domino_jax.runs.draft import TargetModel, read_held_out
 from domino_jax.runs.embedded import decode_answer, read_corpus_chats
 from domino_jax.runs.folder import RunFolder, write_text

@@ -1,9 +1,9 @@
 """A training run from configuration to report, stage by stage; what `train.py` runs."""
 
 from domino_jax.checkpoints.huggingface import load_target, resolve_directory
-from domino_jax.config import CorpusConfig, RunConfig
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder
+from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import TargetModel, train_draft
 from domino_jax.runs.embedded import build_corpus, build_target, prompt_messages, read_corpus_chats
 from domino_jax.runs.folder import RunFolder, open_run

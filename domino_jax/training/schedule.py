@@ -6,7 +6,7 @@ Source: Domino, arXiv 2605.29707 (base-anchored curriculum); SGDR, arXiv 1608.03
 import jax.numpy as jnp
 import optax
 
-from domino_jax.config import ObjectiveConfig, OptimizerConfig
+from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.shapes import Array, Float, Int
 
 

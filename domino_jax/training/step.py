@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from domino_jax.config import DraftConfig, ObjectiveConfig, OptimizerConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import Qwen3, head_weight
+from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.training.anchors import choose_anchors
 from domino_jax.training.loss import LossSums, add_sums, block_losses, compute_metrics, mix_losses, zero_sums

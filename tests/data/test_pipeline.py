@@ -5,11 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from domino_jax.config import DataConfig
 from domino_jax.data.chat_template import render_chat
 from domino_jax.data.pipeline import build_dataset
 from domino_jax.data.responses import ResponsesError, RowError, write_chats
 from domino_jax.data.tokenizer import train_tokenizer
+from domino_jax.run_config import DataConfig
 
 CONFIG = DataConfig(max_length=64, batch_size=4)
 VOCAB = 300

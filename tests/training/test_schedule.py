@@ -6,7 +6,7 @@ import pytest
 
 
 def test_base_weight_equals_golden(golden_dir):
-    from domino_jax.config import ObjectiveConfig
+    from domino_jax.run_config import ObjectiveConfig
     from domino_jax.training.schedule import base_weight_schedule
 
     cases = json.loads((golden_dir / "train" / "lambda_base.json").read_text())["cases"]
@@ -21,7 +21,7 @@ def test_base_weight_equals_golden(golden_dir):
 
 
 def test_learning_rate_rises_and_falls():
-    from domino_jax.config import OptimizerConfig
+    from domino_jax.run_config import OptimizerConfig
     from domino_jax.training.schedule import learning_rate_schedule
 
     config = OptimizerConfig(learning_rate=6e-4, warmup_ratio=0.04, end_ratio=0.1)
@@ -32,7 +32,7 @@ def test_learning_rate_rises_and_falls():
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.5, 1.0])
 def test_short_runs_have_finite_positive_rates(num_steps, warmup_ratio):
-    from domino_jax.config import OptimizerConfig
+    from domino_jax.run_config import OptimizerConfig
     from domino_jax.training.schedule import learning_rate_schedule
 
     schedule = learning_rate_schedule(OptimizerConfig(warmup_ratio=warmup_ratio), num_steps)

@@ -65,7 +65,7 @@ def default_step(pair):
 
 
 def make_step(pair, num_steps=20, dtype="float32", **objective):
-    from domino_jax.config import ObjectiveConfig, OptimizerConfig
+    from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
     from domino_jax.training.step import create_train_state, make_train_step
 
     target, draft, _ = pair
@@ -167,7 +167,7 @@ def test_bfloat16_keeps_float32_master_weights(pair):
 
 
 def test_eval_step_scores_without_update(pair):
-    from domino_jax.config import ObjectiveConfig
+    from domino_jax.run_config import ObjectiveConfig
     from domino_jax.training.loss import add_sums, compute_metrics
     from domino_jax.training.step import make_eval_step
 
@@ -185,7 +185,7 @@ def test_eval_step_scores_without_update(pair):
 
 @pytest.mark.parametrize("kind", ["domino", "plain"])
 def test_one_sample_is_learned_by_heart(pair, kind):
-    from domino_jax.config import ObjectiveConfig, OptimizerConfig
+    from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
     from domino_jax.training.step import create_train_state, make_train_step
 
     target, draft, params = pair
