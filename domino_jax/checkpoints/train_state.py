@@ -154,7 +154,13 @@ class TrainCheckpoints:
         return self._orbax.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))[_RECORD]
 
     def _check_fits(self, step: int, likes: dict[str, Any]) -> None:
-        stored = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in self._orbax.item_metadata(step)[_STATE].items()}
+        metadata = self._orbax.item_metadata(step)[_STATE]
+        if metadata is None:
+            raise CheckpointError(
+                f"step {step} in {self.directory} is damaged: its {_STATE!r} part cannot be read; remove the folder of "
+                "this step to go on from the one before it"
+            )
+        stored = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in metadata.items()}
         wanted = {n: (tuple(a.shape), np.dtype(a.dtype)) for n, a in ((n, _as_abstract(v)) for n, v in likes.items())}
         problems = [f"missing: {n}" for n in wanted if n not in stored]
         problems += [f"unexpected: {n}" for n in stored if n not in wanted]

@@ -44,6 +44,7 @@ def make_target_optimizer(
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.01))
 
 
+@partial(jax.jit, static_argnames=("config", "optimizer"))
 def create_target_state(config: TargetConfig, optimizer: optax.GradientTransformation, key: Array) -> TargetState:
     """Return freshly drawn parameters that can already copy (see `seed_copying`), with an empty optimizer state.
 

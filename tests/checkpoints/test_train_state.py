@@ -1,5 +1,6 @@
 """Training checkpoints: exact bits, what is kept, data position, configuration differences, unfit states."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -148,3 +149,13 @@ def test_diff_configs_names_every_leaf() -> None:
         "extra: not stored, now 1",
     ]
     assert diff_configs(METADATA, METADATA) == []
+
+
+def test_a_checkpoint_without_its_state_is_named(tmp_path):
+    checkpoints = TrainCheckpoints(tmp_path, keep=2)
+    state = {"weight": jnp.ones(3)}
+    checkpoints.save(1, state, {}, {})
+    shutil.rmtree(tmp_path / "1" / "state")
+    with pytest.raises(CheckpointError, match="step 1 .* is damaged"):
+        checkpoints.restore(state)
+    checkpoints.close()
