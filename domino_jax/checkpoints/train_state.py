@@ -154,7 +154,7 @@ class TrainCheckpoints:
         return self._orbax.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))[_RECORD]
 
     def _check_fits(self, step: int, likes: dict[str, Any]) -> None:
-        metadata = self._orbax.item_metadata(step)[_STATE]
+        metadata = self._orbax.item_metadata(step).get(_STATE)
         if metadata is None:
             raise CheckpointError(
                 f"step {step} in {self.directory} is damaged: its {_STATE!r} part cannot be read; remove the folder of "

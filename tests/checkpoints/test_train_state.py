@@ -156,6 +156,6 @@ def test_a_checkpoint_without_its_state_is_named(tmp_path):
     state = {"weight": jnp.ones(3)}
     checkpoints.save(1, state, {}, {})
     shutil.rmtree(tmp_path / "1" / "state")
-    with pytest.raises(CheckpointError, match="step 1 .* is damaged"):
+    with pytest.raises(CheckpointError, match=r"step 1 .* is damaged"):
         checkpoints.restore(state)
     checkpoints.close()
