@@ -24,7 +24,7 @@ from domino_jax.config_flags import (
 from domino_jax.run_config import CorpusConfig, RunConfig
 
 CONFIG_FILE = """
-from domino_jax.config import CorpusConfig, RunConfig
+from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.config_flags import choose_variant
 
 def get_config(variant=""):

@@ -50,7 +50,7 @@ def test_embedded_runs_need_nothing_from_outside(repository, name):
     )
     assert not config.target.path and not config.data.train_path
     assert config.draft.resolve(target, mask_token_id=1).has_head
-    assert config.data.max_length >= corpus.max_length
+    assert config.data.max_length == max(corpus.bucket_widths) <= corpus.max_length
 
 
 @pytest.mark.parametrize("variant", ["8b", "4b"])

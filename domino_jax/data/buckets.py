@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from domino_jax.data.pipeline import pad_batch
 from domino_jax.records import TrainBatch
 
 Row = tuple[Sequence[int], Sequence[int]]
@@ -55,13 +56,4 @@ class LengthBuckets:
         width, size, inside = self._buckets[chosen]
         shuffled = np.random.default_rng((self._seed, epoch, int(chosen))).permutation(len(inside))
         rows = [inside[i] for i in np.resize(shuffled[turn * size : (turn + 1) * size], size)]
-        return _pad(rows, width)
-
-
-def _pad(rows: Sequence[Row], width: int) -> TrainBatch:
-    input_ids = np.zeros((len(rows), width), np.int32)
-    loss_mask = np.zeros((len(rows), width), np.float32)
-    for i, (ids, mask) in enumerate(rows):
-        input_ids[i, : len(ids)] = ids
-        loss_mask[i, : len(ids)] = mask
-    return TrainBatch(input_ids, loss_mask, np.array([len(ids) for ids, _ in rows], np.int32))
+        return pad_batch(rows, width)

@@ -212,7 +212,7 @@ def build_dataset(
     batches = rows.batch(
         config.batch_size // process_count,
         drop_remainder=True,
-        batch_fn=lambda tokens: _pad_batch(tokens, config.max_length),
+        batch_fn=lambda tokens: pad_batch(tokens, config.max_length),
     )
     identity = {
         "rows": source.index.fingerprint,
@@ -237,7 +237,8 @@ def _check_arguments(
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {process_count} processes")
 
 
-def _pad_batch(rows: Sequence[_Tokens], max_length: int) -> TrainBatch:
+def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> TrainBatch:
+    """Return (token ids, loss mask) rows of at most `max_length` tokens as one batch, padded on the right with 0."""
     input_ids = np.zeros((len(rows), max_length), np.int32)
     loss_mask = np.zeros((len(rows), max_length), np.float32)
     for i, (ids, mask) in enumerate(rows):

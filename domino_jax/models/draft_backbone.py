@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
-from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, rms_norm
+from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend, attend_blocks
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.shapes import Array, Float, Int
@@ -33,19 +33,7 @@ class DraftBackbone(nn.Module):
         feature_width = c.hidden_size * len(c.target_layer_ids)
         self.fc = self.param("fc", nn.initializers.normal(INIT_STDDEV), (feature_width, c.hidden_size))
         self.hidden_norm = self.param("hidden_norm", nn.initializers.ones, (c.hidden_size,))
-        self.layers = [
-            DecoderLayer(
-                c.hidden_size,
-                c.intermediate_size,
-                c.num_attention_heads,
-                c.num_key_value_heads,
-                c.head_dim,
-                c.rms_norm_eps,
-                c.rope_theta,
-                dtype=self.dtype,
-            )
-            for _ in range(c.num_hidden_layers)
-        ]
+        self.layers = [make_layer(c, self.dtype) for _ in range(c.num_hidden_layers)]
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
 
     def project_context(self, features: Float[Array, "B T CD"]) -> Float[Array, "B T D"]:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.ops.attention import apply_rope
 from domino_jax.shapes import Array, Float, Int
 
@@ -85,3 +86,18 @@ class DecoderLayer(nn.Module):
         normed = rms_norm(x, self.post_attention_layernorm, self.rms_norm_eps)
         gate = jax.nn.silu(normed @ self.gate_proj.astype(self.dtype))
         return x + (gate * (normed @ self.up_proj.astype(self.dtype))) @ self.down_proj.astype(self.dtype)
+
+
+def make_layer(config: TargetConfig | DraftConfig, dtype: jnp.dtype, residual_scale: float = 1.0) -> DecoderLayer:
+    """Return an unbound layer with the sizes of a target or of a drafter."""
+    return DecoderLayer(
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.rms_norm_eps,
+        config.rope_theta,
+        residual_scale=residual_scale,
+        dtype=dtype,
+    )

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
-from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, rms_norm
+from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.shapes import Array, Bool, Float, Int, Params
@@ -60,20 +60,9 @@ class Qwen3(nn.Module):
         c = self.config
         normal = nn.initializers.normal(INIT_STDDEV)
         self.embed_tokens = self.param("embed_tokens", normal, (c.vocab_size, c.hidden_size))
-        self.layers = [
-            DecoderLayer(
-                c.hidden_size,
-                c.intermediate_size,
-                c.num_attention_heads,
-                c.num_key_value_heads,
-                c.head_dim,
-                c.rms_norm_eps,
-                c.rope_theta,
-                residual_scale=(2 * c.num_hidden_layers) ** -0.5,
-                dtype=self.dtype,
-            )
-            for _ in range(c.num_hidden_layers)
-        ]
+        # 1 / sqrt(2 x layers) keeps the size of the residual stream independent of depth.
+        scale = (2 * c.num_hidden_layers) ** -0.5
+        self.layers = [make_layer(c, self.dtype, scale) for _ in range(c.num_hidden_layers)]
         self.norm = self.param("norm", nn.initializers.ones, (c.hidden_size,))
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size))
