@@ -43,7 +43,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> None:
     sampling = SamplingConfig(arguments.temperature, arguments.top_k, arguments.top_p, arguments.min_p, arguments.seed)
     report = RowReport(str(arguments.input), arguments.bad_rows)
-    chats = [messages for _, messages in read_chats(arguments.input, report)][: arguments.limit]
+    chats = [messages for _, messages in read_chats(arguments.input, report, needs_answer=False)][: arguments.limit]
     path = str(resolve_directory(arguments.target))
     config, params = load_target(path, arguments.dtype)
     tokenizer = load_tokenizer(path)

@@ -141,8 +141,10 @@ def scan_rows(path: str | Path) -> Iterator[RawRow]:
         raise ResponsesError(f"{path} cannot be read: {error.strerror}; give a JSONL file of chats") from error
 
 
-def parse_row(content: bytes, path: str | Path, line_no: int) -> list[dict[str, str]]:
+def parse_row(content: bytes, path: str | Path, line_no: int, needs_answer: bool = True) -> list[dict[str, str]]:
     """Return the messages of one line, each with `role` and `content` only.
+
+    `needs_answer` False also takes chats without an assistant turn, as prompts; then a user turn is needed.
 
     Raises:
         RowError: the line is not a chat; the reason is one of a short list.
@@ -171,12 +173,16 @@ def parse_row(content: bytes, path: str | Path, line_no: int) -> list[dict[str, 
         if message is None:
             raise RowError(path, line_no, reason, f"turn {i}: {detail}")
         messages.append(message)
-    _check_order(messages, path, line_no)
+    _check_order(messages, path, line_no, needs_answer)
     return messages
 
 
-def read_chats(path: str | Path, report: RowReport | None = None) -> Iterator[tuple[int, list[dict[str, str]]]]:
+def read_chats(
+    path: str | Path, report: RowReport | None = None, needs_answer: bool = True
+) -> Iterator[tuple[int, list[dict[str, str]]]]:
     """Yield `(line number, messages)` of every usable row; bad rows go to `report` (one that skips when None).
+
+    `needs_answer` as in `parse_row`.
 
     Raises:
         RowError: a bad row while the report's policy is `fail`.
@@ -185,26 +191,13 @@ def read_chats(path: str | Path, report: RowReport | None = None) -> Iterator[tu
     report = RowReport(str(path)) if report is None else report
     for row in scan_rows(path):
         try:
-            messages = parse_row(row.content, path, row.line_no)
+            messages = parse_row(row.content, path, row.line_no, needs_answer)
         except RowError as error:
             report.add_bad(error)
             continue
         report.num_good += 1
         yield row.line_no, messages
     report.require_good()
-
-
-def count_chats(path: str | Path) -> int:
-    """Return how many complete rows a file holds, for a writer that resumes; 0 when there is no file.
-
-    A last line without line break counts when it is whole JSON, as `write_chats(resume=True)` keeps it then.
-
-    Raises:
-        ResponsesError: the file cannot be opened.
-    """
-    if not Path(path).exists():
-        return 0
-    return sum(row.content.endswith(b"\n") or _is_json(row.content) for row in scan_rows(path))
 
 
 def write_chats(
@@ -254,7 +247,7 @@ def _read_turn(
     return "", "", {"role": role, "content": content}
 
 
-def _check_order(messages: Sequence[Mapping[str, str]], path: str | Path, line_no: int) -> None:
+def _check_order(messages: Sequence[Mapping[str, str]], path: str | Path, line_no: int, needs_answer: bool) -> None:
     previous = None
     for i, message in enumerate(messages):
         role = message["role"]
@@ -263,8 +256,9 @@ def _check_order(messages: Sequence[Mapping[str, str]], path: str | Path, line_n
         if role == "assistant" and previous != "user":
             raise RowError(path, line_no, "roles out of order", f"turn {i}: an assistant must follow a user")
         previous = role
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowError(path, line_no, "no assistant turn")
+    needed = "assistant" if needs_answer else "user"
+    if all(message["role"] != needed for message in messages):
+        raise RowError(path, line_no, f"no {needed} turn")
 
 
 def _is_json(content: bytes) -> bool:

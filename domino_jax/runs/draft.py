@@ -7,6 +7,7 @@ A run that is stopped (SIGINT, SIGTERM) saves first; started again it goes on fr
 
 import time
 from dataclasses import dataclass
+from itertools import takewhile
 
 import jax
 import numpy as np
@@ -55,9 +56,9 @@ def read_held_out(config: RunConfig, eval_path: str, target: TargetModel, limit:
         return None
     room = target.config.max_position_embeddings - config.train.eval_max_new_tokens
     prompts: list[list[int]] = []
-    for _, messages in read_chats(eval_path):
-        turns = [m["role"] for m in messages]
-        ids = encode_prompt(target.tokenizer, messages[: turns.index("assistant")], config.data.enable_thinking)
+    for _, messages in read_chats(eval_path, needs_answer=False):
+        prompt = list(takewhile(lambda message: message["role"] != "assistant", messages))
+        ids = encode_prompt(target.tokenizer, prompt, config.data.enable_thinking)
         if len(ids) <= room:
             prompts.append(ids)
         if len(prompts) == limit:

@@ -8,7 +8,6 @@ from domino_jax.data.responses import (
     ResponsesError,
     RowError,
     RowReport,
-    count_chats,
     parse_row,
     read_chats,
     scan_rows,
@@ -66,6 +65,15 @@ def test_any_bytes_are_a_chat_or_a_row_error(content: bytes) -> None:
         parse_row(content, "f", 1)
 
 
+def test_prompts_need_no_answer_but_a_user() -> None:
+    prompt = row(("system", "be brief"), ("user", "a?"))
+    assert [m["role"] for m in parse_row(prompt, "f", 1, needs_answer=False)] == ["system", "user"]
+    with pytest.raises(RowError, match="no assistant turn"):
+        parse_row(prompt, "f", 1)
+    with pytest.raises(RowError, match="no user turn"):
+        parse_row(row(("system", "be brief")), "f", 1, needs_answer=False)
+
+
 def write_mixed(path) -> None:
     good = row(*[(m["role"], m["content"]) for m in GOOD])
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + b"\n  \n" + b"oops\n" + row(("user", "a")) + b"\n" + good)
@@ -112,9 +120,7 @@ def test_write_then_read(tmp_path) -> None:
     assert write_chats(path, [GOOD, {"messages": odd, "seed": 1}]) == 2
     assert write_chats(path, [GOOD]) == 1
     assert [messages for _, messages in read_chats(path)] == [GOOD, odd, GOOD]
-    assert count_chats(path) == 3
     assert json.loads(path.read_text().splitlines()[1])["seed"] == 1
-    assert count_chats(tmp_path / "absent.jsonl") == 0
 
 
 @pytest.mark.parametrize("cut", [1, 10, 40])
@@ -123,7 +129,6 @@ def test_resume_after_a_cut_line(tmp_path, cut: int) -> None:
     write_chats(path, [GOOD, GOOD])
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2 + cut])
-    assert count_chats(path) == 1
     with pytest.raises(ResponsesError, match="is cut"):
         write_chats(path, [GOOD])
     write_chats(path, [GOOD], resume=True)
@@ -136,7 +141,6 @@ def test_a_whole_last_line_is_kept(tmp_path, resume: bool, tail: bytes) -> None:
     path = tmp_path / "chats.jsonl"
     write_chats(path, [GOOD])
     path.write_bytes(path.read_bytes()[:-1] + tail)
-    assert count_chats(path) == 1
     write_chats(path, [GOOD], resume=resume)
     assert [messages for _, messages in read_chats(path)] == [GOOD, GOOD]
 
@@ -146,9 +150,9 @@ def test_rows_survive_an_interrupted_writer(tmp_path) -> None:
 
     def interrupted():
         yield GOOD
-        assert count_chats(path) == 1  # flushed before the next one is asked for
+        assert path.read_bytes().count(b"\n") == 1  # flushed before the next one is asked for
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         write_chats(path, interrupted())
-    assert count_chats(path) == 1
+    assert len(list(read_chats(path))) == 1

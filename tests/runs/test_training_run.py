@@ -1,0 +1,210 @@
+"""A whole run on a target of a few thousand parameters: resume, reports, refusals, regenerated responses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from domino_jax.checkpoints.huggingface import load_target, save_target
+from domino_jax.config import TargetConfig
+from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.data.responses import read_chats, write_chats
+from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.decoding.generate import Decoder
+from domino_jax.models.qwen3 import init_target_params
+from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
+from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
+from domino_jax.runs.folder import RunError
+from domino_jax.runs.monitor import RunMonitor, read_rows
+from domino_jax.runs.responses import ResponseSettings, regenerate
+from domino_jax.runs.training_run import run_training
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A random target with a tokenizer, and two files of chats."""
+    root = tmp_path_factory.mktemp("material")
+    words = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
+    chats = [
+        [
+            {"role": "user", "content": f"say {words[i % 6]} {words[i // 6 % 6]}"},
+            {"role": "assistant", "content": f"{words[i % 6]} and {words[i // 6 % 6]}, that is number {i}"},
+        ]
+        for i in range(24)
+    ]
+    tokenizer = train_tokenizer((m["content"] for chat in chats for m in chat), 300)
+    config = TargetConfig(len(tokenizer), 16, 32, 4, 2, 1, 8, max_position_embeddings=96, tie_word_embeddings=True)
+    save_tokenizer(tokenizer, root / "target")
+    save_target(str(root / "target"), config, init_target_params(config, jax.random.key(0)))
+    write_chats(root / "train.jsonl", chats[:20])
+    write_chats(root / "eval.jsonl", chats[20:])
+    return root
+
+
+def make_config(material, output_dir, **train) -> RunConfig:
+    steps = {"num_steps": 6, "log_every": 1, "checkpoint_every": 2, "eval_every": 3} | train
+    return RunConfig(
+        name="run",
+        output_dir=str(output_dir),
+        target=TargetSource(str(material / "target")),
+        draft=DraftSettings(num_hidden_layers=1, block_size=4, gru_hidden_dim=8, emb_dim=4),
+        data=DataConfig(
+            str(material / "train.jsonl"), str(material / "eval.jsonl"), max_length=48, batch_size=4, micro_steps=2
+        ),
+        objective=ObjectiveConfig(num_anchors=4, head_chunk=2),
+        train=TrainConfig(eval_prompts=2, eval_max_new_tokens=8, **steps),
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(material, tmp_path_factory):
+    output = tmp_path_factory.mktemp("whole")
+    run_training(make_config(material, output))
+    return output / "run"
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(material, finished, tmp_path, monkeypatch):
+    """Stop at a step that is no checkpoint step; the second process-like start equals the undisturbed run."""
+    config = make_config(material, tmp_path)
+    log = RunMonitor.log
+
+    def log_and_stop(self, stage, step, values):
+        log(self, stage, step, values)
+        if stage == "draft" and step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunMonitor, "log", log_and_stop)
+        with pytest.raises(RunStopped, match=r"step [34] of 6"):
+            run_training(config)
+    assert not (tmp_path / "run" / "draft").exists()
+    run_training(config)
+    for name in ("draft", "draft_latest"):
+        whole = load_file(finished / name / "model.safetensors")
+        resumed = load_file(tmp_path / "run" / name / "model.safetensors")
+        assert whole.keys() == resumed.keys()
+        for tensor, values in whole.items():
+            np.testing.assert_array_equal(values, resumed[tensor], err_msg=tensor)
+    whole_rows, rows = read_rows(finished / "metrics.jsonl"), read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert without_clock(whole_rows) == without_clock(rows)
+
+
+def test_a_finished_run_holds_what_was_promised(finished):
+    report = (finished / "report" / "report.md").read_text()
+    for name in ("losses.png", "tau.png", "acceptance_by_slot.png", "samples.html", "rows_greedy.jsonl"):
+        assert (finished / "report" / name).stat().st_size > 0, name
+    assert "4 of 4" in report and "Best block width here" in report
+    assert json.loads((finished / "config.json").read_text())["train"]["num_steps"] == 6
+    assert list((finished / "tensorboard").glob("events*"))
+    held_out = [row for row in read_rows(finished / "metrics.jsonl") if row["stage"] == "held_out"]
+    assert [row["step"] for row in held_out] == [3, 6]
+    assert all(1 <= row["tau"] <= 5 and 1 <= row["tau_head_off"] <= 5 for row in held_out)
+
+
+def test_a_finished_run_is_left_alone(material, finished):
+    before = {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
+    run_training(make_config(material, finished.parent))
+    assert before == {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
+
+
+def test_another_configuration_is_refused_with_the_difference(material, finished):
+    config = make_config(material, finished.parent)
+    changed = replace(config, draft=replace(config.draft, block_size=5))
+    with pytest.raises(RunError, match=r"draft\.block_size: stored 4, now 5"):
+        run_training(changed)
+
+
+def test_no_held_out_chats_gives_a_report_of_curves(material, tmp_path):
+    config = make_config(material, tmp_path, num_steps=2)
+    run_training(replace(config, data=replace(config.data, eval_path="")))
+    assert "nothing was decoded" in (tmp_path / "run" / "report" / "report.md").read_text()
+    assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
+
+
+def test_regenerated_responses_are_the_targets_own_and_resume(material, tmp_path):
+    config, params = load_target(str(material / "target"), "float32")
+    tokenizer = load_tokenizer(str(material / "target"))
+    stop_ids = find_stop_ids(tokenizer, str(material / "target"))
+    chats = [messages for _, messages in read_chats(material / "train.jsonl")][:6]
+    two_turns = [*chats[0], {"role": "user", "content": "again"}, {"role": "assistant", "content": "no"}]
+    too_long = [{"role": "user", "content": "alpha " * 200}, {"role": "assistant", "content": "no"}]
+    chats = [two_turns, too_long, *chats[2:]]
+    decoder, monitor = Decoder(config, params), RunMonitor(None, None)
+
+    def answer(path, num_chats):
+        settings = ResponseSettings(max_new_tokens=6, max_prompt_tokens=64, batch_size=4)
+        return regenerate(decoder, tokenizer, stop_ids, chats[:num_chats], path, settings, monitor)
+
+    assert answer(tmp_path / "whole.jsonl", 6) == 1
+    answer(tmp_path / "parts.jsonl", 4)
+    with (tmp_path / "parts.jsonl").open("a") as file:
+        file.write('{"messages": [{"role"')  # cut by a crash
+    answer(tmp_path / "parts.jsonl", 6)
+    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "parts.jsonl").read_text()
+    rows = read_rows(tmp_path / "whole.jsonl")
+    assert [row["row"] for row in rows] == [0, 2, 3, 4, 5]
+    assert [m["role"] for m in rows[0]["messages"]] == ["user", "assistant"] * 2
+    prompt = tokenizer.apply_chat_template(rows[1]["messages"][:1], add_generation_prompt=True)["input_ids"]
+    (alone,) = decoder.generate([prompt], 6, stop_ids=stop_ids)
+    assert rows[1]["messages"][1]["content"] == tokenizer.decode([t for t in alone.output_ids if t not in stop_ids])
+
+
+def test_how_a_run_ends(capsys):
+    def fail(error):
+        raise error
+
+    assert explain_or_raise(lambda: None) == 0
+    assert explain_or_raise(lambda: fail(RunError("no room; give another folder"))) == EXIT_MISTAKE
+    assert explain_or_raise(lambda: fail(RunStopped("saved"))) == EXIT_STOPPED
+    assert capsys.readouterr().err.splitlines() == ["error: no room; give another folder", "saved"]
+    with pytest.raises(ValueError, match="ours"):
+        explain_or_raise(lambda: fail(ValueError("ours")))
+
+
+def call(repository, *arguments):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=repository,
+        env=os.environ | {"PYTHONPATH": str(repository)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_regenerate_from_the_command_line_takes_prompts_without_answers(material, repository, tmp_path):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"messages": [{"role": "user", "content": "say alpha"}]}\nnot json\n')
+    output = tmp_path / "answers.jsonl"
+    script = ["scripts/regenerate_responses.py", "--target", material / "target", "--output", output]
+    options = ["--max-new-tokens", 4, "--batch-size", 2]
+    done = call(repository, *script, "--input", prompts, *options)
+    assert done.returncode == 0, done.stderr
+    assert "1 skipped (1 x malformed JSON)" in done.stdout
+    (answered,) = read_rows(output)
+    assert [m["role"] for m in answered["messages"]] == ["user", "assistant"]
+    missing = call(repository, *script, "--input", tmp_path / "absent.jsonl", *options)
+    assert missing.returncode == EXIT_MISTAKE and "absent.jsonl cannot be read" in missing.stderr
+
+
+def test_train_tells_mistakes_in_a_sentence(material, repository, tmp_path):
+    qwen3 = ["train.py", "--config", "configs/qwen3.py:8b", f"--config.output_dir={tmp_path}"]
+    no_data = call(repository, *qwen3, "--config.data.train_path=")
+    assert no_data.returncode == EXIT_MISTAKE and "data.train_path is empty" in no_data.stderr
+    wrong_name = call(repository, *qwen3, "--config.train.num_step=3")
+    assert wrong_name.returncode == EXIT_MISTAKE and "num_steps" in wrong_name.stderr
+    no_target = call(repository, *qwen3, "--config.data.train_path=x.jsonl", f"--config.target.path={tmp_path}")
+    assert no_target.returncode == EXIT_MISTAKE and no_target.stderr.startswith("error: ")
+    for failed in (no_data, wrong_name, no_target):
+        assert "Traceback" not in failed.stderr
