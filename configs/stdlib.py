@@ -2,7 +2,7 @@
 
 Method: Domino, arXiv 2605.29707, the published recipe scaled down.
 Command: python train.py --config configs/stdlib.py
-Takes: about an hour on a CPU, minutes on a GPU.
+Meant for about an hour on a CPU or minutes on a GPU; only smoke-tested at reduced sizes so far.
 Why these values:
   - free code needs a wider target, a larger vocabulary and longer sequences than the rewrites of tiny.py;
   - two draft layers read two target layers by the default rule, as the published drafters read five;

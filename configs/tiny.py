@@ -1,4 +1,6 @@
-"""The embedded default: corpus, target and drafter from nothing, offline, on two CPU cores, under 15 minutes.
+"""The embedded default: corpus, target and drafter from nothing, offline, on two CPU cores.
+
+Aim: under 15 minutes in all; not yet timed in one undisturbed run (see docs/log.md).
 
 Method: Domino, arXiv 2605.29707, the published recipe scaled down.
 Command: python train.py --config configs/tiny.py
