@@ -196,6 +196,26 @@ class DraftConfig:
         return width if self.shift_label else width - 1
 
 
+def find_misfits(draft: DraftConfig, target: TargetConfig) -> list[str]:
+    """Return every way in which a drafter does not belong to a target, with both values; empty where it does."""
+    pairs = [
+        ("hidden_size", draft.hidden_size, "hidden_size", target.hidden_size),
+        ("vocab_size", draft.vocab_size, "vocab_size", target.vocab_size),
+        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.num_hidden_layers),
+    ]
+    problems = [
+        f"{name} is {value}, the target's {other} is {expected}"
+        for name, value, other, expected in pairs
+        if value != expected
+    ]
+    outside = [i for i in draft.target_layer_ids if i >= target.num_hidden_layers]
+    if outside:
+        problems.append(f"target_layer_ids holds {outside}, the target has layers 0 .. {target.num_hidden_layers - 1}")
+    if draft.mask_token_id >= target.vocab_size:
+        problems.append(f"mask_token_id is {draft.mask_token_id}, the target's ids are 0 .. {target.vocab_size - 1}")
+    return problems
+
+
 AcceptanceRule = Literal["seed-exact", "rejection"]
 
 

@@ -164,7 +164,10 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate")
-        require_ratio(self, "warmup_ratio", "end_ratio", "b1", "b2")
+        require_ratio(self, "warmup_ratio", "end_ratio")
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            require(0.0 <= value < 1.0, f"{name} is {value!r}; it must lie in [0, 1): 1 would never forget")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
         require(self.clip_norm >= 0, f"clip_norm is {self.clip_norm}; it must be 0 (off) or positive")
 
@@ -217,7 +220,7 @@ class CorpusConfig:
 
     Attributes:
         task: `rewrites` are short verifiable transformations; `bodies` is signature and docstring -> body.
-        num_train_chats: chats the target learns from.
+        num_train_chats: chats the target learns from; 0: as many as the library gives (`bodies` only).
         num_draft_chats: prompts whose responses the target writes again for the drafter; 0: all training prompts.
         num_eval_chats: held-out chats, from modules nothing was trained on.
         max_length: context of the target, in tokens.
@@ -250,7 +253,6 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         require_positive(
             self,
-            "num_train_chats",
             "num_eval_chats",
             "max_length",
             "vocab_size",
@@ -261,7 +263,28 @@ class CorpusConfig:
             "response_batch_size",
             "response_max_new_tokens",
         )
-        require(self.num_draft_chats >= 0, f"num_draft_chats is {self.num_draft_chats}; use 0 for all")
+        for name in ("num_train_chats", "num_draft_chats"):
+            value = getattr(self, name)
+            require(value >= 0, f"{name} is {value}; use 0 for all")
+        require(
+            self.num_train_chats > 0 or self.task == "bodies",
+            "num_train_chats is 0, which takes every function body; rewrites have no end: give a number",
+        )
+        require(len(self.bucket_widths) > 0 and min(self.bucket_widths) > 0, "bucket_widths must hold positive widths")
+        require(
+            max(self.bucket_widths) <= self.max_length,
+            f"bucket_widths reach {max(self.bucket_widths)}; the target's context, max_length, is {self.max_length}",
+        )
+        require(
+            self.tokens_per_batch >= max(self.bucket_widths),
+            f"tokens_per_batch is {self.tokens_per_batch}; it must hold a row of the widest bucket, "
+            f"{max(self.bucket_widths)}",
+        )
+        require(
+            self.response_max_new_tokens < self.max_length,
+            f"response_max_new_tokens is {self.response_max_new_tokens}; prompt and response share max_length "
+            f"{self.max_length}",
+        )
 
 
 @dataclass(frozen=True)
@@ -273,7 +296,8 @@ class RunConfig:
         corpus: settings of the embedded default; None when `target.path` and `data.train_path` are given.
 
     Raises:
-        ConfigError: neither a target nor a corpus is given, or only half of a target and its data.
+        ConfigError: neither a target nor a corpus is given, only half of a target and its data, or both; a name or seed
+            that cannot be used.
     """
 
     name: str
@@ -288,8 +312,24 @@ class RunConfig:
     corpus: CorpusConfig | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.name) and "/" not in self.name, f"name is {self.name!r}; it must be a plain folder name")
-        if self.corpus is None:
+        require(
+            bool(self.name) and "/" not in self.name and self.name not in (".", ".."),
+            f"name is {self.name!r}; it must be a plain folder name",
+        )
+        require(0 <= self.seed < 2**32, f"seed is {self.seed}; it must lie in 0 .. 2**32 - 1")
+        given = {
+            "target.path": self.target.path,
+            "data.train_path": self.data.train_path,
+            "data.eval_path": self.data.eval_path,
+        }
+        if self.corpus is not None:
+            named = [f"{name} ({value!r})" for name, value in given.items() if value]
+            require(
+                not named,
+                f"{' and '.join(named)} would be ignored: this configuration builds its own target and data (corpus); "
+                "add --config.corpus=None to use yours",
+            )
+        else:
             require(bool(self.target.path), "target.path is empty; give a Hugging Face directory or hub id")
             require(
                 bool(self.data.train_path),

@@ -1,6 +1,7 @@
 """Configuration: validation, JSON round trip, command-line loading and its error messages."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -124,10 +125,34 @@ def test_tuple_forms(config_file, text, value):
 
 
 def test_optional_part_can_be_removed_and_brought_back(config_file):
-    given = ["--config", config_file, "--config.target.path=t", "--config.data.train_path=d"]
-    assert parse_config([*given, "--config.corpus=None"]).corpus is None
+    given = ["--config", config_file]
+    paths = ["--config.target.path=t", "--config.data.train_path=d"]
+    assert parse_config([*given, *paths, "--config.corpus=None"]).corpus is None
     config = parse_config([*given, "--config.corpus=None", "--config.corpus.vocab_size=512"])
     assert config.corpus == CorpusConfig(vocab_size=512)
+
+
+def test_a_target_or_data_beside_a_corpus_are_never_ignored(config_file):
+    for given in ("target.path", "data.train_path", "data.eval_path"):
+        with pytest.raises(ConfigError, match=rf"{given} \('x'\) would be ignored.*--config.corpus=None"):
+            parse_config(["--config", config_file, f"--config.{given}=x"])
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("--config.name=..", "plain folder name"),
+        ("--config.seed=-1", "seed is -1"),
+        ("--config.optimizer.b2=1.0", "b2 is 1.0"),
+        ("--config.corpus.tokens_per_batch=8", "tokens_per_batch is 8"),
+        ("--config.corpus.bucket_widths=48,4096", "bucket_widths reach 4096"),
+        ("--config.corpus.response_max_new_tokens=4096", "response_max_new_tokens is 4096"),
+        ("--config.corpus.num_train_chats=0", "num_train_chats is 0"),
+    ],
+)
+def test_values_that_would_fail_later_are_refused_at_once(config_file, override, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        parse_config(["--config", config_file, override])
 
 
 def test_variants(config_file):

@@ -31,7 +31,7 @@ from domino_jax.checkpoints.safetensors_io import (
     write_json,
     write_tensors,
 )
-from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig, find_misfits
 from domino_jax.shapes import Params
 
 CONFIG_FILE = "config.json"
@@ -230,21 +230,7 @@ def check_draft_fits(draft: DraftConfig, target: TargetConfig) -> None:
     Raises:
         CheckpointError: it does not; the message names every mismatch with both values.
     """
-    pairs = [
-        ("hidden_size", draft.hidden_size, "hidden_size", target.hidden_size),
-        ("vocab_size", draft.vocab_size, "vocab_size", target.vocab_size),
-        ("num_target_layers", draft.num_target_layers, "num_hidden_layers", target.num_hidden_layers),
-    ]
-    problems = [
-        f"{name} is {value}, the target's {other} is {expected}"
-        for name, value, other, expected in pairs
-        if value != expected
-    ]
-    outside = [i for i in draft.target_layer_ids if i >= target.num_hidden_layers]
-    if outside:
-        problems.append(f"target_layer_ids holds {outside}, the target has layers 0 .. {target.num_hidden_layers - 1}")
-    if draft.mask_token_id >= target.vocab_size:
-        problems.append(f"mask_token_id is {draft.mask_token_id}, the target's ids are 0 .. {target.vocab_size - 1}")
+    problems = find_misfits(draft, target)
     if problems:
         listing = "\n  ".join(problems)
         raise CheckpointError(f"the drafter does not fit the target; use the one trained for it:\n  {listing}")

@@ -7,7 +7,8 @@ message.
 Held-out chats come from top-level modules nothing is trained on. Held-out rewrites use real material only; training
 rewrites are half real and half recombined (a real function name with parameters, or keys with values, drawn from other
 real places of the training modules), which gives far more distinct names to copy than the library's own combinations.
-Material in which a word occurs twice is left out: what follows a word is then never ambiguous to a small target.
+Material in which a word occurs twice, or inside another one, is left out: what follows a word is then never
+ambiguous to a small target.
 Everything is a function of the seed and of the library found; nothing here knows tokenizers, models or arrays.
 """
 
@@ -17,6 +18,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from domino_jax.data.stdlib_source import (
     MAX_PARAMETERS,
@@ -70,43 +72,75 @@ def _parameters(text: str) -> list[tuple[str, str | None]]:
     return [*signature.positional, *signature.keyword_only]
 
 
-def _solve_call(text: str) -> str:
-    arguments = ", ".join(f"{name}={name}" for name, _ in _parameters(text))
-    return f"{_parse_signature(text).name}({arguments})"
-
-
 def _solve_docs(text: str) -> str:
-    lines = [f"    {name}: " + ("required" if d is None else f"default {d}") for name, d in _parameters(text)]
-    return "\n".join(["Args:", *lines])
+    lines = [
+        f"    {name}: " + ("Required argument, no default." if d is None else f"Optional argument, default {d}.")
+        for name, d in _parameters(text)
+    ]
+    return "\n".join([f'"""Summary of {_parse_signature(text).name}.', "", "Args:", *lines, '"""'])
 
 
-def _solve_flags(text: str) -> str:
-    flags = [f"--{n.replace('_', '-')}" + ("" if d is None else f"={d}") for n, d in _parameters(text)]
-    return " ".join([_parse_signature(text).name, *flags])
+def _solve_parser(text: str) -> str:
+    lines = [
+        f'parser.add_argument("--{name}", ' + ("required=True)" if d is None else f"required=False, default={d})")
+        for name, d in _parameters(text)
+    ]
+    start = f'parser = argparse.ArgumentParser(prog="{_parse_signature(text).name}")'
+    return "\n".join([start, *lines, "options = parser.parse_args()"])
 
 
-def _solve_init(text: str) -> str:
-    return "\n".join(f"self.{name} = {name}" for name, _ in _parameters(text) if name != "self")
+def _solve_fields(text: str) -> str:
+    lines = [
+        f"    {name}: object = dataclasses.field(" + (")" if d is None else f"default={d})")
+        for name, d in _parameters(text)
+    ]
+    start = f"class {_parse_signature(text).name}_options:"
+    return "\n".join(["@dataclasses.dataclass(frozen=True)", start, *lines])
 
 
-def _solve_json(text: str) -> str:
-    return json.dumps(ast.literal_eval(text))
+def _solve_properties(text: str) -> str:
+    names = [name for name, _ in _parameters(text) if name != "self"]
+    return "\n\n".join(f'@property\ndef {name}(self):\n    return self._values["{name}"]' for name in names)
+
+
+_JSON_TYPES = {bool: "boolean", int: "integer", str: "string", type(None): "null"}
+
+
+def _solve_schema(text: str) -> str:
+    properties = {
+        key: {"type": _JSON_TYPES[type(value)], "default": value} for key, value in ast.literal_eval(text).items()
+    }
+    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in properties.items())
+    return f'{{"type": "object", "properties": {{\n{lines}\n}}}}'
+
+
+def _solve_tests(text: str) -> str:
+    pairs = ast.literal_eval(text).items()
+    return "\n".join(f'self.assertEqual(result["{key}"], {value!r})' for key, value in pairs)
 
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of rewrite: the sentence that asks for it, and the program that answers it from the material's text."""
+    """One kind of rewrite.
+
+    Attributes:
+        instruction: the sentence that asks for it.
+        material: what stands below the sentence.
+        solve: the program that answers from the material's text.
+    """
 
     instruction: str
+    material: Literal["signature", "constructor", "dictionary"]
     solve: Callable[[str], str]
 
 
 TASKS = {
-    "call": Task("Keyword call:", _solve_call),
-    "docs": Task("Parameters:", _solve_docs),
-    "flags": Task("Command line:", _solve_flags),
-    "init": Task("Attributes:", _solve_init),
-    "json": Task("JSON:", _solve_json),
+    "docs": Task("Docstring:", "signature", _solve_docs),
+    "parser": Task("Argument parser:", "signature", _solve_parser),
+    "fields": Task("Dataclass:", "signature", _solve_fields),
+    "properties": Task("Properties:", "constructor", _solve_properties),
+    "schema": Task("JSON schema:", "dictionary", _solve_schema),
+    "tests": Task("Tests:", "dictionary", _solve_tests),
 }
 """Rewrites by name. The answer of each is a function of the prompt's text alone."""
 
@@ -161,11 +195,12 @@ def _make_pool(materials: list[Material]) -> _Pool:
 
 
 def _sample_real(pool: _Pool, task: str, rng: random.Random) -> tuple[str, str]:
-    if task == "json":
+    material = TASKS[task].material
+    if material == "dictionary":
         module, pairs = rng.choice(pool.literals)
         return module, repr(dict(pairs))
-    module, signature = rng.choice(pool.constructors if task == "init" else pool.signatures)
-    return module, _with_self(signature) if task == "init" else signature.render()
+    module, signature = rng.choice(pool.constructors if material == "constructor" else pool.signatures)
+    return module, _with_self(signature) if material == "constructor" else signature.render()
 
 
 def _with_self(signature: Signature) -> str:
@@ -182,14 +217,15 @@ class _Recombiner:
 
     def sample(self, task: str, rng: random.Random) -> tuple[str, str]:
         """Return (module of the leading name, prompt material)."""
-        if task == "json":
+        material = TASKS[task].material
+        if material == "dictionary":
             module, _ = rng.choice(self.pool.literals)
             values = [value for _, value in rng.choices(self.pairs, k=rng.randint(2, 4))]
             keys = [key for key, _ in rng.choices(self.pairs, k=len(values))]
             return module, repr(dict(zip(keys, values, strict=True)))
         module, signature = rng.choice(self.pool.signatures)
         signature = self._signature(signature.name, rng)
-        return module, _with_self(signature) if task == "init" else signature.render()
+        return module, _with_self(signature) if material == "constructor" else signature.render()
 
     def _signature(self, name: str, rng: random.Random) -> Signature:
         drawn = dict(rng.choices(self.parameters, k=rng.randint(MIN_PARAMETERS, MAX_PARAMETERS)))
@@ -205,9 +241,12 @@ _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
 
 
 def repeats_a_word(text: str) -> bool:
-    """Return whether a word of the names and literals in `text` occurs twice (keywords of the language apart)."""
-    words = [word.lower() for word in _WORD.findall(text) if word not in ("None", "True", "False")]
-    return len(set(words)) < len(words)
+    """Return whether a word of the names and literals in `text` occurs twice, also inside another word.
+
+    Keywords of the language do not count.
+    """
+    words = [word.lower() for word in _WORD.findall(text) if word not in ("None", "True", "False", "def")]
+    return any(a in b for i, a in enumerate(words) for j, b in enumerate(words) if i != j)
 
 
 def _iterate_rewrites(pool: _Pool, rng: random.Random, recombined_share: float) -> Iterator[Chat]:
@@ -253,7 +292,7 @@ def _body_chats(pool: _Pool, rng: random.Random) -> Iterator[Chat]:
 def build_chats(task: str, seed: int, num_train: int, num_eval: int) -> ChatSplit:
     """Return distinct training and held-out chats; the same seed and library give the same chats.
 
-    `task` is `rewrites` or `bodies`.
+    `task` is `rewrites` or `bodies`; `num_train` 0 takes every body (rewrites have no end).
 
     Raises:
         CorpusError: the library has too little material for the counts, or `task` is unknown.
@@ -268,6 +307,7 @@ def build_chats(task: str, seed: int, num_train: int, num_eval: int) -> ChatSpli
     train_rng, eval_rng = random.Random(f"train-{seed}"), random.Random(f"eval-{seed}")
     if task == "bodies":
         train, held_out = _body_chats(train_pool, train_rng), _body_chats(eval_pool, eval_rng)
+        num_train = num_train or len({header for _, (header, _) in train_pool.bodies})
     else:
         train, held_out = _iterate_rewrites(train_pool, train_rng, 0.5), _iterate_rewrites(eval_pool, eval_rng, 0.0)
     return ChatSplit(_take_distinct(train, num_train, "training"), _take_distinct(held_out, num_eval, "held-out"))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig
+from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
@@ -53,7 +53,14 @@ class Decoder:
         draft_params: Params | None = None,
         dtype: str = "float32",
     ) -> None:
-        """Hold both models; `dtype` names the activation and cache type."""
+        """Hold both models; `dtype` names the activation and cache type.
+
+        Raises:
+            DecodingError: the drafter does not fit the target.
+        """
+        misfits = find_misfits(draft_config, target_config) if draft_config else []
+        if misfits:
+            raise DecodingError("the drafter does not fit the target:\n  " + "\n  ".join(misfits))
         self.settings = DecodeSettings(target=target_config, draft=draft_config, dtype=dtype)
         self.params = ModelParams(target_params, draft_params)
         self.last_timings = Timings(0.0, 0.0)

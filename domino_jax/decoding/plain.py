@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
 from domino_jax.models.qwen3 import Qwen3
+from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import choose_tokens, gumbel_noise, scale_and_filter
 from domino_jax.shapes import Array, Float, Int
 
@@ -38,6 +39,7 @@ def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
+@in_full_precision
 def decode_plain(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> DecodeState:
     """Run `plain_step` until every row is done; `state` is donated."""
     return jax.lax.while_loop(lambda s: ~jnp.all(s.is_done), lambda s: plain_step(settings, params, s), state)

@@ -12,6 +12,7 @@ from domino_jax.decoding.plain import choose_next
 from domino_jax.decoding.speculative import write_features
 from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
 from domino_jax.models.qwen3 import Qwen3
+from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array, Float, Int
 
 CHUNK_LENGTHS = (16, 64, 256)
@@ -26,6 +27,7 @@ def split_into_chunks(prompt_len: int) -> list[int]:
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=(2, 5))
+@in_full_precision
 def prefill_chunk(
     settings: DecodeSettings,
     params: ModelParams,
@@ -56,6 +58,7 @@ def prefill_chunk(
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
+@in_full_precision
 def choose_first(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, last_hidden: Float[Array, "B D"]
 ) -> DecodeState:

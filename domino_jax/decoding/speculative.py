@@ -28,6 +28,7 @@ from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import Qwen3, head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
+from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
     SamplingParams,
     choose_tokens,
@@ -203,6 +204,7 @@ def run_round(
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
+@in_full_precision
 def decode_speculative(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose = propose_block
 ) -> DecodeState:

@@ -4,6 +4,9 @@ In come rows as `evaluation.benchmark` writes them (dictionaries, see `benchmark
 out come plain Python numbers. Nothing here knows models, devices or files, and only numpy is imported, so that a
 published table can be recomputed from raw rows anywhere.
 
+Rows hold acceptance lengths as public implementations record them: a round that runs over a stop token counts in full.
+tau and acceptance by slot count committed tokens only, so rows are cut by `committed_lengths` first.
+
 Source: tau and speed-up as Domino (arXiv 2605.29707) counts them; both means of tau are kept because they differ.
 """
 
@@ -23,7 +26,7 @@ class SlotAcceptance:
 
     Attributes:
         slot: 1 for the first drafted token.
-        num_observed: rounds in which the token budget left room for this slot to be accepted.
+        num_observed: rounds in which token budget and stop token left room for this slot to be accepted.
         num_accepted: of those, rounds that accepted at least `slot` drafted tokens.
     """
 
@@ -52,6 +55,18 @@ class SpeedUp:
     high: float | None
 
 
+def committed_lengths(acceptance_lengths: Sequence[int], num_decoded: int) -> list[int]:
+    """Return the acceptance lengths without what lies past a stop token: their sum is at most `num_decoded`.
+
+    `num_decoded` counts the tokens the rounds committed (see `decoded_tokens`).
+    """
+    left, cut = num_decoded, []
+    for length in acceptance_lengths:
+        cut.append(min(length, left))
+        left -= cut[-1]
+    return cut
+
+
 def tau_over_prompts(lengths_by_prompt: Sequence[Sequence[int]]) -> float | None:
     """Return the mean over prompts of each prompt's mean acceptance length; prompts without a round are left out.
 
@@ -70,24 +85,30 @@ def tau_over_rounds(lengths_by_prompt: Sequence[Sequence[int]]) -> float | None:
 
 
 def acceptance_by_slot(
-    lengths_by_prompt: Sequence[Sequence[int]], num_draft_tokens: int, budgets: Sequence[int | None]
+    lengths_by_prompt: Sequence[Sequence[int]],
+    num_draft_tokens: int,
+    budgets: Sequence[int | None],
+    num_decoded: Sequence[int],
 ) -> list[SlotAcceptance]:
     """Return, for every drafted slot, the rounds that could have accepted it and those that did.
 
     A round that may commit m more tokens accepts at most m - 1 drafted ones (the last is the target's own), so its
-    slots m and up say nothing and are not counted, neither as accepted nor as rejected. `budgets` holds the new
-    tokens each prompt was allowed, the prefill's token included; None: no limit was met.
+    slots m and up say nothing and are not counted, neither as accepted nor as rejected; nor are slots past an accepted
+    stop token. `lengths_by_prompt` are as recorded, not cut. `budgets` holds the new tokens each prompt was allowed,
+    the prefill's token included; None: no limit was met. `num_decoded` holds the tokens its rounds committed.
 
     Raises:
-        ValueError: `budgets` and `lengths_by_prompt` differ in length.
+        ValueError: the three sequences differ in length.
     """
     observed = np.zeros(num_draft_tokens, int)
     accepted = np.zeros(num_draft_tokens, int)
     slots = np.arange(1, num_draft_tokens + 1)
-    for lengths, budget in zip(lengths_by_prompt, budgets, strict=True):
+    for lengths, budget, total in zip(lengths_by_prompt, budgets, num_decoded, strict=True):
         num_committed = 1
         for length in lengths:
             room = num_draft_tokens if budget is None else budget - num_committed - 1
+            if num_committed + length > 1 + total:  # a drafted stop token was accepted
+                room = min(room, 1 + total - num_committed)
             is_observed = slots <= room
             observed += is_observed
             accepted += is_observed & (slots <= length - 1)
@@ -187,14 +208,18 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     }
     if not speculative:
         return table
-    lengths = [row["acceptance_lengths"] for row in speculative]
+    recorded = [row["acceptance_lengths"] for row in speculative]
+    num_decoded = [decoded_tokens(row["output_ids"]) for row in speculative]
+    lengths = [committed_lengths(*pair) for pair in zip(recorded, num_decoded, strict=True)]
     num_draft_tokens = max(row["num_draft_tokens"] for row in speculative)
     both = [row for row in speculative if row["plain_output_ids"] is not None]
     compared = [row["identical"] for row in speculative if row["identical"] is not None]
     table |= {
         "tau_prompts": tau_over_prompts(lengths),
         "tau_rounds": tau_over_rounds(lengths),
-        "acceptance_by_slot": acceptance_by_slot(lengths, num_draft_tokens, [_budget(row) for row in speculative]),
+        "acceptance_by_slot": acceptance_by_slot(
+            recorded, num_draft_tokens, [_budget(row) for row in speculative], num_decoded
+        ),
         "tokens_per_s": _tokens_per_s(*_by_batch(speculative, "decode_s", "output_ids")),
         "speed_up": speed_up(
             *_by_batch(both, "plain_decode_s", "plain_output_ids"), *_by_batch(both, "decode_s", "output_ids")

@@ -8,6 +8,7 @@ Source: Domino, arXiv 2605.29707; DFlash (z-lab/dflash).
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
@@ -90,7 +91,8 @@ class DraftBackbone(nn.Module):
             context_keys, context_values = layer.keys_values(context, context_positions)
             normed = layer.normed_input(x)
             block_keys, block_values = layer.keys_values(normed, positions)
-            mixed = attend_blocks(
+            # Scores are anchors x slots x context a head: computed again in the backward pass, never kept.
+            mixed = jax.checkpoint(attend_blocks)(
                 layer.queries(normed, positions),
                 context_keys.transpose(0, 2, 3, 1),
                 context_values.transpose(0, 2, 1, 3),

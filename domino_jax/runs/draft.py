@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
-from domino_jax.data.chat_template import encode_prompt, find_mask_id, find_stop_ids
+from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
 from domino_jax.data.pipeline import BatchIterator, build_dataset
-from domino_jax.data.responses import read_chats
+from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
@@ -47,26 +47,48 @@ class TargetModel:
     tokenizer: PreTrainedTokenizerBase
 
 
-def read_held_out(config: RunConfig, eval_path: str, target: TargetModel, limit: int) -> HeldOutPrompts | None:
-    """Return up to `limit` held-out prompts that fit the context, or None where the run has no held-out chats.
+def read_held_out(
+    config: RunConfig, eval_path: str, target: TargetModel, limit: int, monitor: RunMonitor
+) -> HeldOutPrompts | None:
+    """Return up to `limit` held-out prompts, or None where the run has no held-out chats.
 
-    A chat is decoded up to its first assistant turn.
+    A chat is decoded up to its first assistant turn. Prompts that are longer than `data.max_length`, or leave no room
+    for the answer in the context, are counted and left out; bad rows are treated as `data.bad_rows` says.
+
+    Raises:
+        RunError: no prompt is left.
+        ResponsesError: a bad row that the configuration does not allow.
     """
     if not eval_path:
         return None
-    room = target.config.max_position_embeddings - config.train.eval_max_new_tokens
-    prompts: list[list[int]] = []
-    for _, messages in read_chats(eval_path, needs_answer=False):
+    room = min(target.config.max_position_embeddings - config.train.eval_max_new_tokens, config.data.max_length)
+    report = RowReport(eval_path, config.data.bad_rows, config.data.max_bad_rows)
+    prompts: dict[int, list[int]] = {}
+    num_long = 0
+    for line_no, messages in read_chats(eval_path, report, needs_answer=False):
         prompt = list(takewhile(lambda message: message["role"] != "assistant", messages))
-        ids = encode_prompt(target.tokenizer, prompt, config.data.enable_thinking)
-        if len(ids) <= room:
-            prompts.append(ids)
+        try:
+            ids = encode_prompt(target.tokenizer, prompt, config.data.enable_thinking)
+        except ChatTemplateError as error:
+            report.add_bad(RowError(eval_path, line_no, "chat template failed", str(error)))
+            continue
+        if len(ids) > room:
+            num_long += 1
+        else:
+            prompts[line_no] = ids
         if len(prompts) == limit:
             break
+    if report.num_bad:
+        monitor.say(report.summary())
+    if num_long:
+        monitor.say(f"{eval_path}: {num_long} prompts of more than {room} tokens left out")
     if not prompts:
-        raise RunError(f"{eval_path} has no prompt of at most {room} tokens; shorten train.eval_max_new_tokens")
+        raise RunError(
+            f"{eval_path} has no prompt of at most {room} tokens; shorten train.eval_max_new_tokens or raise "
+            "data.max_length"
+        )
     stop_ids = find_stop_ids(target.tokenizer, target.path)
-    return HeldOutPrompts(prompts, stop_ids, config.train.eval_max_new_tokens)
+    return HeldOutPrompts(list(prompts.values()), list(prompts), stop_ids, config.train.eval_max_new_tokens)
 
 
 def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
@@ -133,7 +155,7 @@ def train_draft(
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0
     checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints)
-    held_out = read_held_out(config, eval_path, target, config.train.eval_prompts)
+    held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
     run = _Training(config, folder, target, draft, batches, checkpoints, monitor, held_out, num_steps)
     try:
         state = _run_steps(run, _restore(run))
@@ -146,12 +168,11 @@ def train_draft(
 def _restore(run: _Training) -> TrainState:
     state = create_train_state(run.draft, run.config.optimizer, jax.random.key(run.config.seed))
     restored = run.checkpoints.restore(state)
-    if restored is None:
-        return state
-    state, data_state, _ = restored
-    run.batches.set_state(data_state)
+    if restored is not None:
+        state, data_state, _ = restored
+        run.batches.set_state(data_state)
+        run.monitor.say(f"going on from step {int(state.step)}")
     step = int(state.step)
-    run.monitor.say(f"going on from step {step}")
     run.monitor.drop_rows_after(STAGE, step)
     run.monitor.drop_rows_after("held_out", step)
     return state

@@ -66,8 +66,27 @@ def build_target(config: RunConfig, corpus: CorpusConfig, folder: RunFolder, mon
     chats = [messages for _, messages in read_chats(folder.train_chats)]
     texts = (message["content"] for messages in chats for message in messages)
     tokenizer = train_tokenizer(texts, corpus.vocab_size, corpus.max_length)
-    target = TargetConfig(
-        vocab_size=len(tokenizer),
+    target = embedded_target_config(corpus, len(tokenizer))
+    rows = [render_chat(tokenizer, messages, enable_thinking=False) for messages in chats]
+    batches = LengthBuckets(rows, corpus.bucket_widths, corpus.tokens_per_batch, config.seed)
+    if batches.num_dropped:
+        monitor.say(
+            f"{batches.num_dropped} of {len(rows)} chats are longer than {max(corpus.bucket_widths)} tokens: unused"
+        )
+    state = _train(config, corpus, target, batches, folder, monitor)
+
+    def save(directory: Path) -> None:
+        save_tokenizer(tokenizer, directory)
+        extra = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+        save_target(str(directory), target, state.params, extra_config=extra)
+
+    build_once(folder.target, save)
+
+
+def embedded_target_config(corpus: CorpusConfig, vocab_size: int) -> TargetConfig:
+    """Return the sizes of the target that a corpus configuration asks for."""
+    return TargetConfig(
+        vocab_size=vocab_size,
         hidden_size=corpus.hidden_size,
         intermediate_size=corpus.intermediate_size,
         num_hidden_layers=corpus.num_hidden_layers,
@@ -78,16 +97,6 @@ def build_target(config: RunConfig, corpus: CorpusConfig, folder: RunFolder, mon
         max_position_embeddings=corpus.max_length,
         tie_word_embeddings=True,
     )
-    rows = [render_chat(tokenizer, messages, enable_thinking=False) for messages in chats]
-    batches = LengthBuckets(rows, corpus.bucket_widths, corpus.tokens_per_batch, config.seed)
-    state = _train(config, corpus, target, batches, folder, monitor)
-
-    def save(directory: Path) -> None:
-        save_tokenizer(tokenizer, directory)
-        extra = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-        save_target(str(directory), target, state.params, extra_config=extra)
-
-    build_once(folder.target, save)
 
 
 def _train(
@@ -106,7 +115,7 @@ def _train(
     restored = checkpoints.restore(state)
     if restored:
         state = restored[0]
-        monitor.drop_rows_after(STAGE, int(state.step))
+    monitor.drop_rows_after(STAGE, int(state.step))
     first, window = int(state.step), []
     try:
         with stop_requests() as stopped, monitor.stage("train the target", corpus.target_steps, first) as progress:

@@ -1,4 +1,4 @@
-"""How a run ends early: on request, after saving; or by a mistake, told in one sentence (a traceback if it is ours)."""
+"""How a run ends early: on request; or by a mistake, told in one sentence (a traceback if the mistake is ours)."""
 
 import signal
 import sys
@@ -35,14 +35,20 @@ def stop_requests() -> Iterator[list[int]]:
 def explain_or_raise(run: Callable[[], None]) -> int:
     """Call `run` and return the exit status: 0, 2 for a mistake (printed as a sentence), 130 for a stop on request.
 
-    Every room reports what a user can mend as a `ValueError` of its own class; a bare `ValueError` is ours and is
-    raised on.
+    Every room reports what a user can mend as a `ValueError` of its own class, and what the machine refuses is an
+    `OSError` (disk full, no permission); a bare `ValueError` is ours and is raised on.
     """
     try:
         run()
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         return EXIT_STOPPED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from what is saved", file=sys.stderr)
+        return EXIT_STOPPED
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
     except ValueError as error:
         if not type(error).__module__.startswith("domino_jax."):
             raise

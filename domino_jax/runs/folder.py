@@ -82,24 +82,43 @@ class RunFolder:
 
 
 def open_run(config: RunConfig) -> RunFolder:
-    """Make the run's folder, or go on in one that holds the same configuration.
+    """Make the run's folder, or go on in one whose results so far come from the same configuration.
+
+    Parts of the configuration that no result depends on yet may change; the stored one is then replaced.
 
     Raises:
-        RunError: the folder belongs to a run with another configuration; the message lists every difference.
+        RunError: a result in the folder comes from another configuration; the message lists every difference.
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     folder.root.mkdir(parents=True, exist_ok=True)
     now = json.loads(json.dumps(to_json_dict(config)))
     if folder.config.exists():
-        differences = diff_configs(json.loads(folder.config.read_text()), now)
+        stored = json.loads(folder.config.read_text())
+        fixed = _fixed_parts(folder, now)
+        differences = diff_configs({k: v for k, v in stored.items() if k in fixed}, {k: now[k] for k in fixed})
         if differences:
             raise RunError(
-                f"{folder.root} holds a run with another configuration; go on with the same one, give this run another "
+                f"{folder.root} holds results of another configuration; go on with the same one, give this run another "
                 "--config.name, or remove the folder:\n  " + "\n  ".join(differences)
             )
-    else:
-        write_text(folder.config, json.dumps(now, indent=2) + "\n")
+    write_text(folder.config, json.dumps(now, indent=2) + "\n")
     return folder
+
+
+def _fixed_parts(folder: RunFolder, config: dict[str, Any]) -> set[str]:
+    """Return the parts of a configuration that results in the folder depend on."""
+    if _has_content(folder.checkpoints) or folder.best_draft.exists():
+        return set(config)
+    fixed = set()
+    if folder.train_chats.exists():
+        fixed |= {"seed", "target", "corpus"}
+    if folder.responses.exists():
+        fixed.add("data")
+    return fixed
+
+
+def _has_content(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from domino_jax.decoding.generate import Decoder
-from domino_jax.evaluation.metrics import tau_over_prompts, tau_over_rounds
+from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, tau_over_prompts, tau_over_rounds
 from domino_jax.records import Generation
 
 
@@ -17,11 +17,13 @@ class HeldOutPrompts:
 
     Attributes:
         prompt_ids: with the generation prompt at the end.
+        line_nos: 1-based line of the file each prompt comes from.
         stop_ids: ids that end a text.
         max_new_tokens: token budget of each prompt.
     """
 
     prompt_ids: list[list[int]]
+    line_nos: list[int]
     stop_ids: tuple[int, ...]
     max_new_tokens: int
 
@@ -37,9 +39,9 @@ def decode_held_out(decoder: Decoder, held_out: HeldOutPrompts, use_head: bool, 
     )
 
 
-def acceptance_lengths(generations: Sequence[Generation]) -> list[list[int]]:
-    """Return the acceptance lengths of each generation."""
-    return [generation.stats.acceptance_lengths for generation in generations]
+def tokens_by_round(generations: Sequence[Generation]) -> list[list[int]]:
+    """Return the tokens each round of each generation committed."""
+    return [committed_lengths(g.stats.acceptance_lengths, decoded_tokens(g.output_ids)) for g in generations]
 
 
 def measure_tau(decoder: Decoder, held_out: HeldOutPrompts, batch_size: int) -> dict[str, float]:
@@ -50,7 +52,7 @@ def measure_tau(decoder: Decoder, held_out: HeldOutPrompts, batch_size: int) -> 
     has_head = decoder.settings.draft is not None and decoder.settings.draft.has_head
     values: dict[str, float] = {}
     for use_head in (True, False) if has_head else (True,):
-        lengths = acceptance_lengths(decode_held_out(decoder, held_out, use_head, batch_size))
+        lengths = tokens_by_round(decode_held_out(decoder, held_out, use_head, batch_size))
         suffix = "" if use_head else "_head_off"
         values[f"tau{suffix}"] = tau_over_prompts(lengths) or 0.0
         values[f"tau_rounds{suffix}"] = tau_over_rounds(lengths) or 0.0

@@ -55,6 +55,7 @@ class RunMonitor:
         self._path = metrics_path
         if metrics_path:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        self._tensorboard_dir = tensorboard_dir
         self._writer = SummaryWriter(str(tensorboard_dir)) if tensorboard_dir else None
 
     def say(self, text: str) -> None:
@@ -67,17 +68,34 @@ class RunMonitor:
         if self._path:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
-        for name, value in values.items():
-            if self._writer and isinstance(value, int | float):
-                self._writer.add_scalar(f"{stage}/{name}", value, step)
+        self._show(row)
+
+    def _show(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if self._writer and name not in ("stage", "step") and isinstance(value, int | float):
+                self._writer.add_scalar(f"{row['stage']}/{name}", value, row["step"])
 
     def drop_rows_after(self, stage: str, step: int) -> None:
-        """Forget rows of `stage` past `step`: a run that resumes there writes them again."""
-        if self._path and self._path.exists():
-            kept = [row for row in read_rows(self._path) if row["stage"] != stage or row["step"] <= step]
-            unfinished = self._path.with_name(self._path.name + ".part")
-            unfinished.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(unfinished, self._path)
+        """Forget rows of `stage` past `step`, and a row that an interruption cut: a run that resumes writes them again.
+
+        TensorBoard's files are written anew from the rows that stay.
+        """
+        if not (self._path and self._path.exists()):
+            return
+        kept = [row for row in read_rows(self._path) if row["stage"] != stage or row["step"] <= step]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if text == self._path.read_text(encoding="utf-8"):
+            return
+        unfinished = self._path.with_name(self._path.name + ".part")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, self._path)
+        if self._writer and self._tensorboard_dir:
+            self._writer.close()
+            for file in self._tensorboard_dir.glob("events*"):
+                file.unlink()
+            self._writer = SummaryWriter(str(self._tensorboard_dir))
+            for row in kept:
+                self._show(row)
 
     @contextmanager
     def stage(self, name: str, total: int, done: int = 0) -> Iterator[StageProgress]:

@@ -125,9 +125,7 @@ def render_samples(samples: Sequence[Mapping[str, Any]]) -> str:
             f'<span style="background:{_COLOURS[source]}" title="{source}">{html.escape(text)}</span>'
             for text, source in sample["tokens"]
         )
+        tau = "no round" if sample["tau"] is None else f"{sample['tau']:.2f} tokens a round"
         verdict = {True: "right", False: "wrong", None: "not checked"}[sample["is_right"]]
-        parts.append(
-            f"<pre>{html.escape(sample['prompt'])}</pre><pre>{tokens}</pre>"
-            f"<p>answer {verdict}; {sample['tau']:.2f} tokens a round</p>"
-        )
+        parts.append(f"<pre>{html.escape(sample['prompt'])}</pre><pre>{tokens}</pre><p>answer {verdict}; {tau}</p>")
     return "\n".join(parts) + "\n"

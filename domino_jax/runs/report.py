@@ -16,13 +16,20 @@ from domino_jax.config import SamplingConfig
 from domino_jax.data.stdlib_chats import Chat, check_answer
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.benchmark import BenchmarkSettings, measure, write_rows
-from domino_jax.evaluation.metrics import Row, acceptance_by_slot, summarise, tau_over_prompts
+from domino_jax.evaluation.metrics import (
+    Row,
+    acceptance_by_slot,
+    committed_lengths,
+    decoded_tokens,
+    summarise,
+    tau_over_prompts,
+)
 from domino_jax.evaluation.prompts import Prompt
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.draft import TargetModel, read_held_out
 from domino_jax.runs.embedded import decode_answer, read_corpus_chats
 from domino_jax.runs.folder import RunFolder, write_text
-from domino_jax.runs.held_out import HeldOutPrompts, acceptance_lengths, decode_held_out
+from domino_jax.runs.held_out import HeldOutPrompts, decode_held_out, tokens_by_round
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.pages import plot_metrics, render_samples, render_table
 
@@ -54,7 +61,7 @@ class _Subject:
     def _show(self, name: str, rows: Any, total: int) -> Any:
         with self.monitor.stage(f"report: {name}", total) as progress:
             for row in rows:
-                progress.advance(tau=sum(row["acceptance_lengths"]) / max(len(row["acceptance_lengths"]), 1))
+                progress.advance(tau=tau_over_prompts([_row_lengths(row)]))
                 yield row
 
 
@@ -70,7 +77,7 @@ def write_report(
         monitor.say(f"report: {path}")
         return
     limit = config.corpus.num_eval_chats if config.corpus else 4 * config.train.eval_prompts
-    held_out = read_held_out(config, eval_path, target, limit)
+    held_out = read_held_out(config, eval_path, target, limit, monitor)
     metrics = read_rows(folder.metrics)
     if held_out is None:
         plots = plot_metrics(metrics, {}, folder.report)
@@ -78,7 +85,8 @@ def write_report(
         return
     draft = load_draft(str(folder.best_draft), "float32")
     decoder = Decoder(target.config, target.params, draft.config, draft.params, config.target.dtype)
-    chats = read_corpus_chats(folder.eval_chats)[: len(held_out.prompt_ids)] if config.corpus else []
+    chats = read_corpus_chats(folder.eval_chats) if config.corpus else []
+    chats = [chats[line_no - 1] for line_no in held_out.line_nos] if chats else []
     subject = _Subject(config, folder, target, decoder, held_out, chats, monitor)
     text = _report_text(subject, metrics)
     write_text(path, text)
@@ -144,10 +152,13 @@ def _is_right(subject: _Subject, index: int, output_ids: Sequence[int]) -> bool:
 
 def _decode_head_off(subject: _Subject) -> dict[str, Any]:
     generations = decode_held_out(subject.decoder, subject.held_out, use_head=False, batch_size=_BATCH)
-    lengths = acceptance_lengths(generations)
-    budgets = [subject.held_out.max_new_tokens] * len(generations)
-    slots = acceptance_by_slot(lengths, generations[0].stats.num_draft_tokens, budgets)
-    return {"tau": tau_over_prompts(lengths), "slots": [slot.share or 0.0 for slot in slots]}
+    slots = acceptance_by_slot(
+        [g.stats.acceptance_lengths for g in generations],
+        generations[0].stats.num_draft_tokens,
+        [subject.held_out.max_new_tokens] * len(generations),
+        [decoded_tokens(g.output_ids) for g in generations],
+    )
+    return {"tau": tau_over_prompts(tokens_by_round(generations)), "slots": [slot.share or 0.0 for slot in slots]}
 
 
 def _slot_shares(table: dict[str, Any]) -> list[float]:
@@ -197,7 +208,6 @@ def _samples(subject: _Subject, rows: list[Row]) -> list[dict[str, Any]]:
     samples = []
     decode = subject.target.tokenizer.decode
     for row in sorted(rows, key=lambda r: r["prompt_index"])[:_NUM_SAMPLES]:
-        lengths = row["acceptance_lengths"]
         samples.append(
             {
                 "prompt": decode(row["prompt_ids"]),
@@ -205,11 +215,15 @@ def _samples(subject: _Subject, rows: list[Row]) -> list[dict[str, Any]]:
                     (decode([token]), source)
                     for token, source in zip(row["output_ids"], row["token_sources"], strict=True)
                 ],
-                "tau": sum(lengths) / max(len(lengths), 1),
+                "tau": tau_over_prompts([_row_lengths(row)]),
                 "is_right": _is_right(subject, row["prompt_index"], row["output_ids"]) if subject.chats else None,
             }
         )
     return samples
+
+
+def _row_lengths(row: Row) -> list[int]:
+    return committed_lengths(row["acceptance_lengths"], decoded_tokens(row["output_ids"]))
 
 
 def _images(names: Sequence[str]) -> list[str]:

@@ -1,12 +1,21 @@
 """A training run from configuration to report, stage by stage; what `train.py` runs."""
 
+from pathlib import Path
+
 from domino_jax.checkpoints.huggingface import load_target, resolve_directory
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.data.tokenizer import MASK, SPECIAL_TOKENS
 from domino_jax.decoding.generate import Decoder
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import TargetModel, train_draft
-from domino_jax.runs.embedded import build_corpus, build_target, prompt_messages, read_corpus_chats
-from domino_jax.runs.folder import RunFolder, open_run
+from domino_jax.runs.embedded import (
+    build_corpus,
+    build_target,
+    embedded_target_config,
+    prompt_messages,
+    read_corpus_chats,
+)
+from domino_jax.runs.folder import RunError, RunFolder, open_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, regenerate
@@ -17,9 +26,10 @@ def run_training(config: RunConfig) -> None:
 
     Raises:
         RunStopped: the run was asked to stop and has saved.
-        RunError: the folder belongs to a run with another configuration.
+        RunError: a file of chats is missing, or the folder holds results of another configuration.
         ValueError: of the room that found a mistake in data, checkpoint or configuration.
     """
+    check_run(config)
     folder = open_run(config)
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
@@ -35,6 +45,27 @@ def run_training(config: RunConfig) -> None:
         write_report(config, folder, target, eval_path, monitor)
     finally:
         monitor.close()
+
+
+def check_run(config: RunConfig) -> None:
+    """Refuse, before the first minute is spent, what a later stage would refuse.
+
+    Raises:
+        RunError: a file of chats is missing, or held-out answers leave no room for a prompt.
+        ConfigError: the drafter does not fit the target that the run builds.
+    """
+    for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
+        if path and not Path(path).is_file():
+            raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
+    if config.corpus:
+        budget, context = config.train.eval_max_new_tokens, config.corpus.max_length
+        if budget >= context:
+            raise RunError(
+                f"train.eval_max_new_tokens is {budget}; prompt and answer share corpus.max_length {context}"
+            )
+        config.draft.resolve(
+            embedded_target_config(config.corpus, config.corpus.vocab_size), SPECIAL_TOKENS.index(MASK)
+        )
 
 
 def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:

@@ -19,6 +19,7 @@ import optax
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import Qwen3, head_weight
+from domino_jax.ops.precision import in_full_precision
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.training.anchors import choose_anchors
@@ -159,6 +160,7 @@ def make_train_step(
     base_weights = base_weight_schedule(objective, num_steps)
     learning_rates = learning_rate_schedule(optimizer, num_steps)
 
+    @in_full_precision
     def train_step(
         state: TrainState,
         target_params: Params,
@@ -210,6 +212,7 @@ def make_eval_step(
     """
     micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
 
+    @in_full_precision
     def eval_step(
         params: Params,
         target_params: Params,

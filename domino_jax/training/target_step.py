@@ -16,6 +16,7 @@ import optax
 
 from domino_jax.config import TargetConfig
 from domino_jax.models.qwen3 import Qwen3, init_target_params
+from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.training.copy_init import seed_copying
 
@@ -80,6 +81,7 @@ def target_loss(
 
 
 @partial(jax.jit, static_argnames=("config", "optimizer", "prompt_weight"), donate_argnames="state")
+@in_full_precision
 def target_train_step(
     state: TargetState,
     input_ids: Int[Array, "B T"],

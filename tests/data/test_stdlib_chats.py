@@ -23,7 +23,8 @@ def test_counts_tasks_and_distinct_prompts(split):
 
 def test_no_word_of_the_material_occurs_twice(split):
     assert not any(repeats_a_word(chat.messages[0]["content"].split("\n", 1)[1]) for chat in split.train)
-    assert repeats_a_word("def f(file, file_name)") and not repeats_a_word("def f(a=None, b=None)")
+    assert repeats_a_word("def g(file, file_name)") and repeats_a_word("def g(args, kwargs)")
+    assert not repeats_a_word("def g(x=None, b=None)")
 
 
 def test_no_module_on_both_sides(split):
@@ -44,28 +45,84 @@ def test_answers_are_checked_by_program(split):
         assert not check_answer(chat, answer[:-1]) and not check_answer(chat, "")
 
 
+def _names_of(material):
+    if material.startswith("{"):
+        return list(ast.literal_eval(material))
+    arguments = ast.parse(f"{material}: pass").body[0].args
+    return [a.arg for a in (*arguments.args, *arguments.kwonlyargs) if a.arg != "self"]
+
+
+def _names_in(task, answer):
+    """Return the names an answer is about, found by reading it as the program it claims to be."""
+    if task == "schema":
+        return list(json.loads(answer)["properties"])
+    nodes = list(ast.walk(ast.parse(answer)))
+    if task == "docs":
+        lines = ast.literal_eval(answer).splitlines()[3:]
+        return [line.split(":")[0].strip() for line in lines if line.strip()]
+    if task == "parser":
+        calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
+        return [call.args[0].value.removeprefix("--") for call in calls]
+    if task == "fields":
+        return [n.target.id for n in nodes if isinstance(n, ast.AnnAssign)]
+    if task == "properties":
+        return [n.name for n in nodes if isinstance(n, ast.FunctionDef)]
+    return [n.slice.value for n in nodes if isinstance(n, ast.Subscript)]
+
+
 def test_answers_mean_what_they_should(split):
     for chat in split.train:
         material, answer = chat.messages[0]["content"].split("\n", 1)[1], chat.messages[1]["content"]
-        if chat.task == "json":
-            assert json.loads(answer) == ast.literal_eval(material)
-        elif chat.task == "call":
-            call = ast.parse(answer, mode="eval").body
-            names = [p.split("=")[0].strip() for p in material[material.index("(") + 1 : -1].split(", ")]
-            assert all(k.arg == k.value.id for k in call.keywords)
-            assert {k.arg for k in call.keywords} <= set(names)
-        elif chat.task == "init":
-            ast.parse(answer)
+        assert sorted(_names_in(chat.task, answer)) == sorted(_names_of(material)), chat
+
+
+def test_a_schema_holds_the_dictionary(split):
+    for chat in split.train:
+        if chat.task == "schema":
+            properties = json.loads(chat.messages[1]["content"])["properties"]
+            material = ast.literal_eval(chat.messages[0]["content"].split("\n", 1)[1])
+            assert {name: value["default"] for name, value in properties.items()} == material
 
 
 @pytest.mark.parametrize(
     ("task", "material", "answer"),
     [
-        ("call", "def open_it(path, mode='r', *, newline=None)", "open_it(path=path, mode=mode, newline=newline)"),
-        ("docs", "def f(a_b, c=-1)", "Args:\n    a_b: required\n    c: default -1"),
-        ("flags", "def serve(host_name, port=80)", "serve --host-name --port=80"),
-        ("init", "def __init__(self, host, *, port=80)", "self.host = host\nself.port = port"),
-        ("json", "{'a': None, 'b': True, 'c': 'x'}", '{"a": null, "b": true, "c": "x"}'),
+        (
+            "docs",
+            "def f(a_b, c=-1)",
+            '"""Summary of f.\n\nArgs:\n    a_b: Required argument, no default.\n'
+            '    c: Optional argument, default -1.\n"""',
+        ),
+        (
+            "parser",
+            "def serve(host, *, port=80)",
+            'parser = argparse.ArgumentParser(prog="serve")\nparser.add_argument("--host", required=True)\n'
+            'parser.add_argument("--port", required=False, default=80)\noptions = parser.parse_args()',
+        ),
+        (
+            "fields",
+            "def serve(host, port=80)",
+            "@dataclasses.dataclass(frozen=True)\nclass serve_options:\n    host: object = dataclasses.field()\n"
+            "    port: object = dataclasses.field(default=80)",
+        ),
+        (
+            "properties",
+            "def __init__(self, host, *, port=80)",
+            '@property\ndef host(self):\n    return self._values["host"]\n\n'
+            '@property\ndef port(self):\n    return self._values["port"]',
+        ),
+        (
+            "schema",
+            "{'a': None, 'b': True, 'c': 'x', 'd': 2}",
+            '{"type": "object", "properties": {\n    "a": {"type": "null", "default": null},\n'
+            '    "b": {"type": "boolean", "default": true},\n    "c": {"type": "string", "default": "x"},\n'
+            '    "d": {"type": "integer", "default": 2}\n}}',
+        ),
+        (
+            "tests",
+            "{'a': None, 'b': 'x'}",
+            'self.assertEqual(result["a"], None)\nself.assertEqual(result["b"], \'x\')',
+        ),
     ],
 )
 def test_each_task_by_hand(task, material, answer):
@@ -73,7 +130,8 @@ def test_each_task_by_hand(task, material, answer):
 
 
 def test_bodies_are_compared_as_programs():
-    split = build_chats("bodies", seed=0, num_train=40, num_eval=10)
+    split = build_chats("bodies", seed=0, num_train=0, num_eval=10)
+    assert len(split.train) > 1000  # all there are
     chat = split.train[0]
     assert check_answer(chat, chat.messages[1]["content"] + "  # said otherwise")
     assert not check_answer(chat, "return +++") and not check_answer(chat, "pass; pass; pass")

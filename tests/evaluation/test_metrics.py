@@ -15,22 +15,42 @@ def test_both_means_of_tau_by_hand():
 
 
 def test_acceptance_by_slot_without_a_budget():
-    slots = metrics.acceptance_by_slot([[1, 4, 2]], num_draft_tokens=3, budgets=[None])
+    slots = metrics.acceptance_by_slot([[1, 4, 2]], num_draft_tokens=3, budgets=[None], num_decoded=[7])
     assert [(s.slot, s.num_observed, s.num_accepted) for s in slots] == [(1, 3, 2), (2, 3, 1), (3, 3, 1)]
     assert slots[0].share == pytest.approx(2 / 3)
 
 
 def test_slots_beyond_the_budget_count_neither_way():
     # Budget 7: the prefill wrote 1; round one (3 tokens) has room for 6, round two for 3, so for 2 drafted ones.
-    slots = metrics.acceptance_by_slot([[3, 3]], num_draft_tokens=4, budgets=[7])
+    slots = metrics.acceptance_by_slot([[3, 3]], num_draft_tokens=4, budgets=[7], num_decoded=[6])
     assert [(s.num_observed, s.num_accepted) for s in slots] == [(2, 2), (2, 2), (1, 0), (1, 0)]
 
 
 def test_the_room_decides_what_is_observed_not_the_outcome():
     # Room for 2 tokens, so for one drafted one; it was rejected. Slot 2 was never in play.
-    slots = metrics.acceptance_by_slot([[1, 1]], num_draft_tokens=2, budgets=[3])
+    slots = metrics.acceptance_by_slot([[1, 1]], num_draft_tokens=2, budgets=[3], num_decoded=[2])
     assert [(s.num_observed, s.num_accepted) for s in slots] == [(1, 0), (0, 0)]
     assert slots[1].share is None
+
+
+def test_what_lies_past_a_stop_token_counts_neither_way():
+    # Round two accepted 3 drafts, the second of which was the stop token: slots 1 and 2 say something, slot 3 does not.
+    slots = metrics.acceptance_by_slot([[1, 4]], num_draft_tokens=3, budgets=[None], num_decoded=[3])
+    assert [(s.num_observed, s.num_accepted) for s in slots] == [(2, 1), (2, 1), (1, 0)]
+    # The stop token was the target's own: the draft before it is accepted, the one in its place rejected.
+    slots = metrics.acceptance_by_slot([[2]], num_draft_tokens=3, budgets=[None], num_decoded=[2])
+    assert [(s.num_observed, s.num_accepted) for s in slots] == [(1, 1), (1, 0), (1, 0)]
+
+
+def test_committed_lengths_end_with_the_text():
+    assert metrics.committed_lengths([1, 4], 3) == [1, 2]
+    assert metrics.committed_lengths([1, 4], 5) == [1, 4]
+    assert metrics.committed_lengths([], 0) == []
+
+
+def test_tau_of_a_summary_counts_committed_tokens():
+    table = metrics.summarise([make_row(acceptance_lengths=[3, 4], finish_reason="stop", max_new_tokens=9)])
+    assert table["tau_prompts"] == table["tau_rounds"] == pytest.approx(4 / 2)
 
 
 def test_repeated_ngrams_by_hand():
