@@ -205,21 +205,18 @@ def _best_sentence(widths: list[dict[str, Any]]) -> str:
 
 
 def _samples(subject: _Subject, rows: list[Row]) -> list[dict[str, Any]]:
-    samples = []
     decode = subject.target.tokenizer.decode
-    for row in sorted(rows, key=lambda r: r["prompt_index"])[:_NUM_SAMPLES]:
-        samples.append(
-            {
-                "prompt": decode(row["prompt_ids"]),
-                "tokens": [
-                    (decode([token]), source)
-                    for token, source in zip(row["output_ids"], row["token_sources"], strict=True)
-                ],
-                "tau": tau_over_prompts([_row_lengths(row)]),
-                "is_right": _is_right(subject, row["prompt_index"], row["output_ids"]) if subject.chats else None,
-            }
-        )
-    return samples
+    return [
+        {
+            "prompt": decode(row["prompt_ids"]),
+            "tokens": [
+                (decode([token]), source) for token, source in zip(row["output_ids"], row["token_sources"], strict=True)
+            ],
+            "tau": tau_over_prompts([_row_lengths(row)]),
+            "is_right": _is_right(subject, row["prompt_index"], row["output_ids"]) if subject.chats else None,
+        }
+        for row in sorted(rows, key=lambda r: r["prompt_index"])[:_NUM_SAMPLES]
+    ]
 
 
 def _row_lengths(row: Row) -> list[int]:
