@@ -43,6 +43,7 @@ class DraftSettings:
     Attributes:
         target_layer_ids: empty: the default rule for the number of draft layers.
         mask_token_id: -1: the tokenizer's mask token, else a clear error.
+        initial_weights: `target` copies draft layers from the target (`training/draft_init.py`), `fresh` draws them.
     """
 
     num_hidden_layers: int = 5
@@ -57,6 +58,7 @@ class DraftSettings:
     pure_draft_prefix_len: int = 1
     gru_hidden_dim: int = 1024
     emb_dim: int = 256
+    initial_weights: Literal["fresh", "target"] = "fresh"
 
     def resolve(self, target: TargetConfig, mask_token_id: int) -> DraftConfig:
         """Return the drafter for `target`; `mask_token_id` is used where the settings leave it open.
@@ -234,21 +236,21 @@ class CorpusConfig:
     num_train_chats: int = 20000
     num_draft_chats: int = 4000
     num_eval_chats: int = 200
-    max_length: int = 160
+    max_length: int = 256
     vocab_size: int = 2048
-    hidden_size: int = 192
-    intermediate_size: int = 384
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
+    hidden_size: int = 384
+    intermediate_size: int = 1536
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 6
     num_key_value_heads: int = 2
     head_dim: int = 64
     rope_theta: float = 10_000.0
-    bucket_widths: tuple[int, ...] = (48, 96)
-    tokens_per_batch: int = 1536
-    target_steps: int = 520
-    target_learning_rate: float = 2e-3
+    bucket_widths: tuple[int, ...] = (64, 96, 128, 176)
+    tokens_per_batch: int = 2048
+    target_steps: int = 400
+    target_learning_rate: float = 1.5e-3
     response_batch_size: int = 64
-    response_max_new_tokens: int = 64
+    response_max_new_tokens: int = 128
 
     def __post_init__(self) -> None:
         require_positive(

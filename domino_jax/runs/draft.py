@@ -20,6 +20,7 @@ from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find
 from domino_jax.data.pipeline import BatchIterator, build_dataset
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
+from domino_jax.models.domino_head import init_draft_params
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
@@ -27,6 +28,7 @@ from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.shapes import Params
+from domino_jax.training.draft_init import check_start, start_from_target
 from domino_jax.training.step import TrainState, create_train_state, make_train_step
 
 STAGE = "draft"
@@ -97,12 +99,15 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
     Raises:
         ChatTemplateError: the settings leave the mask token open and the tokenizer has none to offer.
         CheckpointError: the drafter does not fit the target.
+        ConfigError: it cannot start from the target's weights although it is to.
     """
     mask_id = config.draft.mask_token_id
     if mask_id < 0:
         mask_id = find_mask_id(target.tokenizer, target.config.vocab_size)
     draft = config.draft.resolve(target.config, mask_id)
     check_draft_fits(draft, target.config)
+    if config.draft.initial_weights == "target":
+        check_start(draft, target.config)
     return draft
 
 
@@ -166,7 +171,10 @@ def train_draft(
 
 
 def _restore(run: _Training) -> TrainState:
-    state = create_train_state(run.draft, run.config.optimizer, jax.random.key(run.config.seed))
+    key, params = jax.random.key(run.config.seed), None
+    if run.config.draft.initial_weights == "target":
+        params = start_from_target(init_draft_params(run.draft, key), run.draft, run.target.config, run.target.params)
+    state = create_train_state(run.draft, run.config.optimizer, key, params)
     restored = run.checkpoints.restore(state)
     if restored is not None:
         state, data_state, _ = restored

@@ -19,6 +19,7 @@ from domino_jax.runs.folder import RunError, RunFolder, open_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, regenerate
+from domino_jax.training.draft_init import check_start
 
 
 def run_training(config: RunConfig) -> None:
@@ -63,9 +64,10 @@ def check_run(config: RunConfig) -> None:
             raise RunError(
                 f"train.eval_max_new_tokens is {budget}; prompt and answer share corpus.max_length {context}"
             )
-        config.draft.resolve(
-            embedded_target_config(config.corpus, config.corpus.vocab_size), SPECIAL_TOKENS.index(MASK)
-        )
+        target = embedded_target_config(config.corpus, config.corpus.vocab_size)
+        draft = config.draft.resolve(target, SPECIAL_TOKENS.index(MASK))
+        if config.draft.initial_weights == "target":
+            check_start(draft, target)
 
 
 def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:

@@ -1,19 +1,25 @@
 """What the door of decoding refuses, how it forms batches, and that it compiles a shape once."""
 
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from domino_jax.config import ConfigError, SamplingConfig
-from domino_jax.decoding.generate import Decoder, DecodingError
+from domino_jax.decoding.generate import Decoder, DecodingError, _init_state
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk
 from domino_jax.decoding.speculative import decode_speculative
+from domino_jax.models.qwen3 import Qwen3
 from tests.decoding.tiny_pair import (
     BLOCK,
     CONTEXT,
     SHARP,
     VOCAB,
     assert_same_text,
+    make_configs,
     make_decoder,
     make_prompts,
     propose_known,
@@ -99,3 +105,64 @@ def test_a_budget_beyond_the_context_costs_nothing():
     got = decoder.generate(prompts, 10**12, SHARP, [[VOCAB - 1]] * 8, propose=propose_known)
     assert all(len(g.output_ids) <= 3 for g in got)
     assert {g.finish_reason for g in got} <= {"context", "stop"}
+
+
+def test_a_drafter_of_another_target_is_refused_by_name():
+    decoder = make_decoder()
+    _, draft = make_configs(vocab=VOCAB + 1)
+    with pytest.raises(DecodingError, match=f"vocab_size is {VOCAB + 1}, the target's vocab_size is {VOCAB}"):
+        Decoder(decoder.settings.target, decoder.params.target, draft, decoder.params.draft)
+
+
+@pytest.fixture
+def prefilled():
+    """Return settings, parameters and a state that a loop may consume."""
+    decoder = make_decoder()
+    loop = replace(decoder.settings, block_size=BLOCK)
+    sampling = [SamplingConfig()] * len(PROMPTS)
+    state = _init_state(loop, PROMPTS, [6] * len(PROMPTS), sampling, [()] * len(PROMPTS))
+    hidden = jnp.zeros((len(PROMPTS), loop.target.hidden_size), loop.dtype)
+    before = state
+    state, hidden = prefill_chunk(loop, decoder.params, state, 16, jnp.int32(0), hidden)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.target_cache, before.draft_cache)))
+    chosen = choose_first(loop, decoder.params, state, hidden)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.target_cache, state.draft_cache)))
+    return loop, decoder.params, chosen
+
+
+@pytest.mark.parametrize("decode", [decode_plain, decode_speculative])
+def test_a_loop_reuses_the_memory_of_the_state_it_is_given(prefilled, decode):
+    loop, params, state = prefilled
+    decode(loop, params, state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.tokens, state.target_cache, state.draft_cache)))
+
+
+@pytest.mark.parametrize("decode", [decode_plain, decode_speculative])
+def test_float32_products_are_never_shortened(prefilled, decode):
+    loop, *rest = prefilled
+    text = str(jax.make_jaxpr(lambda *arrays: decode(loop, *arrays))(*rest))
+    assert text.count("dot_general[") > 10
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)")
+
+
+def test_bfloat16_differs_from_plain_decoding_by_near_ties_only():
+    full = make_decoder()
+    settings, params = full.settings, full.params
+    decoder = Decoder(settings.target, params.target, settings.draft, params.draft, dtype="bfloat16")
+    prompts = make_prompts([5, 9, 3, 7] * 2, seed=11)
+    drafted, plain = decoder.generate(prompts, 24), decoder.generate(prompts, 24, block_size=1)
+    target = Qwen3(settings.target, dtype=jnp.dtype("bfloat16"))
+    num_same = 0
+    for got, wanted in zip(drafted, plain, strict=True):
+        pairs = enumerate(zip(got.output_ids, wanted.output_ids, strict=True))
+        place = next((i for i, (a, b) in pairs if a != b), None)
+        if place is None:
+            num_same += 1
+            continue
+        ids = jnp.asarray([wanted.prompt_ids + wanted.output_ids[:place]])
+        hidden = target.apply({"params": params.target}, ids).hidden[0, -1]
+        logits = target.apply({"params": params.target}, hidden, method=Qwen3.logits)
+        gap = float(abs(logits[got.output_ids[place]] - logits[wanted.output_ids[place]]))
+        assert gap < 0.05 * float(jnp.max(logits) - jnp.min(logits)), (place, gap)
+    assert num_same >= len(prompts) // 2
+    assert all(g.stats.num_draft_tokens == BLOCK for g in drafted)

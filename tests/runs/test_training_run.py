@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from domino_jax.checkpoints.huggingface import load_target, save_target
+from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import TargetConfig
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.data.responses import read_chats, write_chats
@@ -20,11 +21,15 @@ from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
+from domino_jax.runs import draft as draft_module
+from domino_jax.runs import training_run as training_run_module
+from domino_jax.runs.draft import read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
-from domino_jax.runs.folder import RunError
+from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.responses import ResponseSettings, regenerate
-from domino_jax.runs.training_run import run_training
+from domino_jax.runs.training_run import load_target_model, run_training
+from domino_jax.training.step import create_train_state
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,57 @@ def test_a_finished_run_holds_what_was_promised(finished):
     held_out = [row for row in read_rows(finished / "metrics.jsonl") if row["stage"] == "held_out"]
     assert [row["step"] for row in held_out] == [3, 6]
     assert all(1 <= row["tau"] <= 5 and 1 <= row["tau_head_off"] <= 5 for row in held_out)
+
+
+def test_the_best_drafter_is_kept_when_a_later_one_is_worse(material, tmp_path, monkeypatch):
+    """tau falls from the first decode to the last: the exported drafter is the one of step 3, the latest that of 6."""
+    taus = iter([3.0, 2.0])
+    monkeypatch.setattr(draft_module, "measure_tau", lambda *_: {"tau": next(taus)})
+    monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
+    run_training(make_config(material, tmp_path))
+    shorter = make_config(material, tmp_path / "shorter", num_steps=6, eval_every=6)
+    taus = iter([1.0])
+    run_training(shorter)
+    best, latest = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("draft", "draft_latest"))
+    last = load_file(tmp_path / "shorter" / "run" / "draft" / "model.safetensors")
+    assert all(np.array_equal(latest[name], last[name]) for name in latest)
+    assert any(not np.array_equal(best[name], latest[name]) for name in best)
+    config = make_config(material, tmp_path)
+    target = load_target_model(config, open_run(config))
+    like = create_train_state(resolve_draft(config, target), config.optimizer, jax.random.key(0))
+    stored = TrainCheckpoints(tmp_path / "run" / "checkpoints", 2)
+    state, _, _ = stored.restore(like, 3)
+    stored.close()
+    np.testing.assert_array_equal(best["norm.weight"], state.params["backbone"]["norm"])
+
+
+def test_a_prompt_that_was_left_out_does_not_shift_the_others(material, tmp_path):
+    chats = [messages for _, messages in read_chats(material / "eval.jsonl")]
+    long = [{"role": "user", "content": "alpha " * 60}, {"role": "assistant", "content": "x"}]
+    path = tmp_path / "eval.jsonl"
+    write_chats(path, [chats[0], long, chats[1]])
+    with path.open("a") as file:
+        file.write("{broken\n")
+    config = make_config(material, tmp_path)
+    target = load_target_model(config, open_run(config))
+    said = []
+    monitor = RunMonitor(None, None)
+    monitor.say = said.append
+    held_out = read_held_out(config, str(path), target, 10, monitor)
+    assert held_out.line_nos == [1, 3]
+    assert any("1 skipped" in line for line in said) and any("1 prompts of more than" in line for line in said)
+    strict = replace(config, data=replace(config.data, bad_rows="fail"))
+    with pytest.raises(ValueError, match=r"eval\.jsonl:4: malformed JSON"):
+        read_held_out(strict, str(path), target, 10, monitor)
+
+
+def test_a_missing_file_of_chats_is_found_first_and_can_be_mended(material, tmp_path):
+    config = make_config(material, tmp_path)
+    wrong = replace(config, data=replace(config.data, eval_path=str(tmp_path / "none.jsonl")))
+    with pytest.raises(RunError, match=r"data\.eval_path is '.*none\.jsonl', which is no file"):
+        run_training(wrong)
+    open_run(wrong)
+    open_run(config)
 
 
 def test_a_finished_run_is_left_alone(material, finished):

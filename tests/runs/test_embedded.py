@@ -1,0 +1,122 @@
+"""The embedded default from corpus to report at a size of seconds, killed in every stage and started again."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from domino_jax.data.stdlib_chats import TASKS
+from domino_jax.runs.monitor import read_rows
+
+SMALL = {
+    "corpus.num_train_chats": 240,
+    "corpus.num_draft_chats": 24,
+    "corpus.num_eval_chats": 6,
+    "corpus.vocab_size": 400,
+    "corpus.hidden_size": 32,
+    "corpus.intermediate_size": 48,
+    "corpus.num_hidden_layers": 3,
+    "corpus.num_attention_heads": 2,
+    "corpus.num_key_value_heads": 1,
+    "corpus.head_dim": 16,
+    "corpus.max_length": 320,
+    "corpus.bucket_widths": "160,288",
+    "corpus.tokens_per_batch": 576,
+    "corpus.target_steps": 8,
+    "corpus.response_batch_size": 8,
+    "corpus.response_max_new_tokens": 12,
+    "draft.block_size": 6,
+    "draft.target_layer_ids": "0,1",
+    "draft.intermediate_size": 48,
+    "draft.gru_hidden_dim": 8,
+    "draft.emb_dim": 4,
+    "data.max_length": 288,
+    "data.batch_size": 4,
+    "objective.num_anchors": 4,
+    "train.num_steps": 6,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "train.eval_every": 3,
+    "train.eval_prompts": 3,
+    "train.eval_max_new_tokens": 12,
+}
+STAGES = ("train the target:", "responses:", "train the drafter:", "report: greedy:")
+
+
+def start(repository, output_dir, **changes):
+    overrides = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+    command = [sys.executable, "train.py", "--config", "configs/tiny.py", f"--config.output_dir={output_dir}"]
+    return subprocess.Popen(
+        command + overrides, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process):
+    said, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def undisturbed(repository, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    said = finish(start(repository, output))
+    return output / "tiny", said
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_was_promised(undisturbed):
+    folder, said = undisturbed
+    assert '"num_hidden_layers": 3' in said or "num_hidden_layers: 3" in said  # the resolved configuration is printed
+    report = (folder / "report" / "report.md").read_text()
+    for part in ("6 of 6", "exact match", "repeated 4-grams", "Best block width here", "head on"):
+        assert part in report, part
+    assert report in said
+    for name in ("target/model.safetensors", "target/tokenizer.json", "draft/model.safetensors", "responses.jsonl"):
+        assert (folder / name).stat().st_size > 0, name
+    tasks = {row["task"] for row in read_rows(folder / "corpus" / "train.jsonl")}
+    assert tasks == set(TASKS)
+    assert len(read_rows(folder / "responses.jsonl")) == 24
+
+
+@pytest.mark.slow
+def test_killed_in_every_stage_it_ends_with_the_same_bits(repository, undisturbed, tmp_path):
+    whole, _ = undisturbed
+    for marker in STAGES:
+        process = start(repository, tmp_path)
+        for line in process.stdout:
+            if line.startswith(marker):
+                break
+        process.kill()
+        process.stdout.close()
+        process.wait(timeout=60)
+    finish(start(repository, tmp_path))
+    folder = tmp_path / "tiny"
+    for name in ("target", "draft", "draft_latest"):
+        before, after = load_file(whole / name / "model.safetensors"), load_file(folder / name / "model.safetensors")
+        assert before.keys() == after.keys()
+        for tensor, values in before.items():
+            np.testing.assert_array_equal(values, after[tensor], err_msg=f"{name} {tensor}")
+    assert (whole / "responses.jsonl").read_bytes() == (folder / "responses.jsonl").read_bytes()
+
+    def rows(root):
+        return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in read_rows(root / "metrics.jsonl")]
+
+    assert rows(whole) == rows(folder)
+
+
+@pytest.mark.slow
+def test_mistakes_are_found_before_anything_is_built(repository, tmp_path):
+    for override, said in (
+        ({"draft.target_layer_ids": "9"}, "the target has layers 0 .. 2"),
+        ({"train.eval_max_new_tokens": 320}, "a prompt too must fit corpus.max_length 320"),
+        ({"draft.block_sise": 3}, "block_size"),
+    ):
+        process = start(repository, tmp_path, **override)
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 2 and said in out and "Traceback" not in out, out
+    config = tmp_path / "tiny" / "config.json"
+    assert not (tmp_path / "tiny" / "corpus").exists() and not config.exists(), json.loads(config.read_text())
