@@ -126,9 +126,18 @@ def train_draft(
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
     batches, index, num_rows = build_dataset(
-        train_path, target.tokenizer, config.data, target.config.vocab_size, config.seed, epochs
+        train_path,
+        target.tokenizer,
+        config.data,
+        target.config.vocab_size,
+        config.seed,
+        epochs,
+        bad_rows_log=folder.root / "bad_rows.jsonl",
     )
-    monitor.say(f"data: {num_rows} rows, {index.num_tokens} tokens, {index.num_learned_tokens} learned")
+    monitor.say(
+        f"data: {num_rows} rows ({index.num_truncated} cut to max_length {config.data.max_length}), "
+        f"{index.num_tokens} tokens, {index.num_learned_tokens} learned"
+    )
     if index.report.num_bad:
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0

@@ -135,9 +135,13 @@ def test_bad_rows_are_known_before_training(tmp_path, tokenizer) -> None:
     path = tmp_path / "chats.jsonl"
     rows = [json.dumps({"messages": c}) for c in [*CHATS[:4], chat("long " * 60, "cut off")]]
     path.write_text("\n".join([rows[0], "oops", *rows[1:]]) + "\r\n", encoding="utf-8")
-    batches, index, num_rows = build_dataset(str(path), tokenizer, CONFIG, VOCAB, seed=0, num_epochs=1)
+    log = tmp_path / "bad_rows.jsonl"
+    batches, index, num_rows = build_dataset(
+        str(path), tokenizer, CONFIG, VOCAB, seed=0, num_epochs=1, bad_rows_log=log
+    )
+    assert [json.loads(line)["line"] for line in log.read_text().splitlines()] == [2, 6]
     assert num_rows == 4 and index.report.reasons == {"malformed JSON": 1, "no assistant token left": 1}
-    assert index.report.examples[1].startswith(f"{path}:6: no assistant token left")
+    assert index.report.messages[1].startswith(f"{path}:6: no assistant token left")
     assert list(index.line_nos) == [1, 3, 4, 5]
     assert sorted(rows_of(list(batches), tokenizer)) == ["q0", "q1", "q2", "q3"]
     with pytest.raises(RowError, match=":2: malformed JSON"):

@@ -7,45 +7,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from domino_jax.checkpoints.huggingface import load_target, save_target
-from domino_jax.config import TargetConfig
+from domino_jax.checkpoints.huggingface import load_target
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
-from domino_jax.data.responses import read_chats, write_chats
-from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.data.responses import read_chats
 from domino_jax.decoding.generate import Decoder
-from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.responses import ResponseSettings, regenerate
 from domino_jax.runs.training_run import run_training
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A random target with a tokenizer, and two files of chats."""
-    root = tmp_path_factory.mktemp("material")
-    words = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
-    chats = [
-        [
-            {"role": "user", "content": f"say {words[i % 6]} {words[i // 6 % 6]}"},
-            {"role": "assistant", "content": f"{words[i % 6]} and {words[i // 6 % 6]}, that is number {i}"},
-        ]
-        for i in range(24)
-    ]
-    tokenizer = train_tokenizer((m["content"] for chat in chats for m in chat), 300)
-    config = TargetConfig(len(tokenizer), 16, 32, 4, 2, 1, 8, max_position_embeddings=96, tie_word_embeddings=True)
-    save_tokenizer(tokenizer, root / "target")
-    save_target(str(root / "target"), config, init_target_params(config, jax.random.key(0)))
-    write_chats(root / "train.jsonl", chats[:20])
-    write_chats(root / "eval.jsonl", chats[20:])
-    return root
 
 
 def make_config(material, output_dir, **train) -> RunConfig:
@@ -130,6 +105,20 @@ def test_no_held_out_chats_gives_a_report_of_curves(material, tmp_path):
     run_training(replace(config, data=replace(config.data, eval_path="")))
     assert "nothing was decoded" in (tmp_path / "run" / "report" / "report.md").read_text()
     assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
+
+
+def test_a_run_says_what_it_left_out_of_the_data(material, tmp_path, capsys):
+    data = tmp_path / "chats.jsonl"
+    data.write_text((material / "train.jsonl").read_text() + 'not json\n{"messages": []}\n')
+    config = make_config(material, tmp_path, num_steps=1)
+    config = replace(config, data=replace(config.data, train_path=str(data), eval_path="", max_length=24))
+    for _ in range(2):
+        run_training(config)
+        said = capsys.readouterr().out
+        assert "data: 20 rows (20 cut to max_length 24)" in said
+        log = tmp_path / "run" / "bad_rows.jsonl"
+        assert "20 rows used, 2 skipped" in said and str(log) in said
+        assert [(row["line"], row["reason"]) for row in read_rows(log)] == [(21, "malformed JSON"), (22, "no messages")]
 
 
 def test_regenerated_responses_are_the_targets_own_and_resume(material, tmp_path):
