@@ -1,6 +1,7 @@
 """A training run from configuration to report, stage by stage; what `train.py` runs."""
 
-from domino_jax.checkpoints.huggingface import load_target, resolve_directory
+from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
+from domino_jax.config import require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder
 from domino_jax.run_config import CorpusConfig, RunConfig
@@ -41,10 +42,17 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     """Load the target the run trains for, with its tokenizer.
 
     Raises:
+        ConfigError: the run's sequences are longer than the target's context.
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
     path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
+    context_len = read_target_config(path)[0].max_position_embeddings
+    require(
+        config.data.max_length <= context_len,
+        f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
+        f"give --config.data.max_length={context_len} or less",
+    )
     target_config, params = load_target(path, config.target.dtype)
     return TargetModel(path, target_config, params, load_tokenizer(path))
 

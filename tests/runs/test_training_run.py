@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from domino_jax.checkpoints.huggingface import load_target
+from domino_jax.config import ConfigError
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.data.responses import read_chats
 from domino_jax.decoding.generate import Decoder
@@ -98,6 +99,12 @@ def test_another_configuration_is_refused_with_the_difference(material, finished
     changed = replace(config, draft=replace(config.draft, block_size=5))
     with pytest.raises(RunError, match=r"draft\.block_size: stored 4, now 5"):
         run_training(changed)
+
+
+def test_sequences_longer_than_the_context_are_refused(material, tmp_path):
+    config = make_config(material, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.max_length is 97; the context of the target .* holds 96 tokens"):
+        run_training(replace(config, data=replace(config.data, max_length=97)))
 
 
 def test_no_held_out_chats_gives_a_report_of_curves(material, tmp_path):
