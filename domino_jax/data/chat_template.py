@@ -108,21 +108,32 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, path_or_id: str | None = N
 
 
 def find_mask_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Return the drafter's mask token: the tokenizer's own, else the first id of the target no token uses.
+    """Return the drafter's mask token: the tokenizer's own, else the lowest id of the target that no token uses.
 
     Raises:
-        ChatTemplateError: the tokenizer has no mask token and the target's vocabulary has no unused id.
+        ChatTemplateError: the tokenizer's mask token is also its padding or end token, or it has none and the target's
+            vocabulary has no unused id.
 
     Source: the published Domino settings for Qwen3-8B take 151669, the first id after the tokenizer's last.
     """
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < vocab_size:
-        return int(tokenizer.mask_token_id)
-    if len(tokenizer) < vocab_size:
-        return len(tokenizer)
-    raise ChatTemplateError(
-        f"no mask token: the tokenizer has none below {vocab_size} and its {len(tokenizer)} tokens fill the "
-        "vocabulary; set draft.mask_token_id to an id that never occurs in text"
-    )
+    used = set(tokenizer.get_vocab().values())
+    unused = next((i for i in range(vocab_size) if i not in used), None)
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None or mask_id >= vocab_size:
+        if unused is None:
+            raise ChatTemplateError(
+                f"no mask token: the tokenizer has none below {vocab_size} and its {len(used)} tokens fill the "
+                "vocabulary; set draft.mask_token_id to the id of a token that never occurs in text"
+            )
+        return unused
+    for name, other_id in (("pad", tokenizer.pad_token_id), ("eos", tokenizer.eos_token_id)):
+        if mask_id == other_id:
+            choice = "of a token that never occurs in text" if unused is None else f"no token uses, such as {unused}"
+            raise ChatTemplateError(
+                f"the tokenizer's mask token {tokenizer.mask_token!r} (id {mask_id}) is also its {name} token, which "
+                f"occurs in text; set draft.mask_token_id to an id {choice}"
+            )
+    return int(mask_id)
 
 
 def _require_chat(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -264,5 +264,27 @@ def test_mask_id() -> None:
     assert find_mask_id(tokenizer, len(tokenizer) + 1) == len(tokenizer)
     with pytest.raises(ChatTemplateError, match="no mask token"):
         find_mask_id(tokenizer, len(tokenizer))
-    tokenizer.mask_token = "<|endoftext|>"
-    assert find_mask_id(tokenizer, len(tokenizer)) == 0
+    tokenizer.mask_token = "<|im_start|>"
+    assert find_mask_id(tokenizer, len(tokenizer)) == 1
+
+
+@pytest.mark.parametrize(("token", "name"), [("<|endoftext|>", "pad"), ("<|im_end|>", "eos")])
+def test_a_mask_token_with_another_job_is_refused(token: str, name: str) -> None:
+    tokenizer = make_tokenizer(TAGGED)
+    tokenizer.mask_token = token
+    with pytest.raises(
+        ChatTemplateError, match=rf"is also its {name} token.*an id no token uses, such as {len(tokenizer)}$"
+    ):
+        find_mask_id(tokenizer, len(tokenizer) + 2)
+    with pytest.raises(ChatTemplateError, match=r"draft\.mask_token_id to an id of a token that never occurs"):
+        find_mask_id(tokenizer, len(tokenizer))
+
+
+def test_a_mask_id_is_free_where_ids_have_gaps() -> None:
+    """The number of tokens is the id of one where the tokenizer leaves ids out before it."""
+    vocab = {"a": 0, "b": 1, "c": 3, "d": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), unk_token="a", chat_template=CHATML
+    )
+    assert len(tokenizer) == 4
+    assert find_mask_id(tokenizer, 8) == find_mask_id(tokenizer, 5) == 2
