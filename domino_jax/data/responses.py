@@ -1,9 +1,9 @@
 """JSONL of chats: read, validate, write.
 
-In: one JSON object a line, `messages` (OpenAI roles) or `conversations` (ShareGPT), other fields are ignored. Out:
-checked messages with their line numbers; a row that cannot be used is a `RowError` with file, line and reason, which
-a `RowReport` counts, lists and skips or makes fatal. Lines are read as bytes and end with a line feed only, so a row is
-found again by its offset. Knows nothing about tokenizers or batches.
+In: one JSON object a line, `messages` (OpenAI roles) or `conversations` (ShareGPT); an assistant turn may have a
+`finish_reason`, other fields are ignored. Out: checked messages with their line numbers; a row that cannot be used is
+a `RowError` with file, line and reason, which a `RowReport` counts, lists and skips or makes fatal. Lines are read as
+bytes and end with a line feed only, so a row is found again by its offset. Knows nothing about tokenizers or batches.
 
 Source: message fields of the OpenAI chat API and of ShareGPT exports.
 """
@@ -25,6 +25,8 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }
 _ROLES = ("system", "user", "assistant")
+CUT_REASONS = ("length", "context")
+"""Values of an assistant turn's `finish_reason` that say: the answer was cut, its end was never written."""
 _MAX_MESSAGES = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -157,7 +159,7 @@ def scan_rows(path: str | Path) -> Iterator[RawRow]:
 
 
 def parse_row(content: bytes, path: str | Path, line_no: int, needs_answer: bool = True) -> list[dict[str, str]]:
-    """Return the messages of one line, each with `role` and `content` only.
+    """Return the messages of one line: `role` and `content`, and `finish_reason` where an answer was cut.
 
     `needs_answer` False also takes chats without an assistant turn, as prompts; then a user turn is needed.
 
@@ -259,7 +261,10 @@ def _read_turn(
         content.encode("utf-8")
     except UnicodeEncodeError:
         return "not UTF-8", f"{content_key!r} of the {role} holds half a surrogate pair", None
-    return "", "", {"role": role, "content": content}
+    message = {"role": role, "content": content}
+    if role == "assistant" and turn.get("finish_reason") in CUT_REASONS:
+        message["finish_reason"] = turn["finish_reason"]
+    return "", "", message
 
 
 def _check_order(messages: Sequence[Mapping[str, str]], path: str | Path, line_no: int, needs_answer: bool) -> None:

@@ -13,6 +13,7 @@ from domino_jax.data.chat_template import (
     find_stop_ids,
     load_tokenizer,
     render_chat,
+    renders_as_written,
 )
 
 CHATML = (
@@ -167,6 +168,37 @@ def test_tags_around_more_or_less_than_the_turn(inside: str, behind: str) -> Non
     tokenizer = make_tokenizer(tagged(inside.replace("\n", "\\n"), behind.replace("\n", "\\n")))
     ids, mask = render_chat(tokenizer, chat("a?", "one", "b?", "two"), False)
     assert learned(tokenizer, ids, mask) == "one<|im_end|>two<|im_end|>"
+
+
+TAGS_WITHOUT_END = tagged("", "<|im_end|>\\n")
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED, TAGS_WITHOUT_END, THINKING])
+@pytest.mark.parametrize("cut_turn", [1, 3])
+def test_the_end_of_a_cut_answer_is_not_learned(template: str, cut_turn: int) -> None:
+    tokenizer = make_tokenizer(template)
+    messages = chat("a?", "one", "b?", "two")
+    whole_ids, _ = render_chat(tokenizer, messages, False)
+    messages[cut_turn]["finish_reason"] = "length"
+    ids, mask = render_chat(tokenizer, messages, False)
+    assert ids == whole_ids
+    assert learned(tokenizer, ids, mask) == {1: "onetwo<|im_end|>", 3: "one<|im_end|>two"}[cut_turn]
+
+
+def test_tags_that_do_not_fit_the_turns_are_refused_for_cut_answers() -> None:
+    tokenizer = make_tokenizer(TAGGED.replace("{{ m.content +", "{% endgeneration %}{% generation %}{{ m.content +"))
+    messages = chat("a?", "one")
+    assert render_chat(tokenizer, messages, False)
+    messages[1]["finish_reason"] = "length"
+    with pytest.raises(ChatTemplateError, match="2 stretches of text as generated for 1 assistant turns"):
+        render_chat(tokenizer, messages, False)
+
+
+def test_an_answer_cut_inside_a_thought_does_not_render_as_written() -> None:
+    tokenizer = TOKENIZERS["thinking"]
+    for answer, expected in [("<think>\nhm", False), ("<think>\nhm\n</think>\n\none", True)]:
+        assert renders_as_written(tokenizer, chat("a?"), answer, True) == expected
+    assert renders_as_written(tokenizer, chat("a?", "one", "b?"), "two", False)
 
 
 def test_tokens_over_the_border_of_a_turn_are_not_learned() -> None:

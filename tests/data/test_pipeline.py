@@ -168,6 +168,17 @@ def test_truncation_and_single_learned_tokens(tmp_path, tokenizer) -> None:
     assert next(batches).input_ids[0].tolist() == ids[: first + 2]
 
 
+def test_the_end_of_a_cut_answer_is_no_label(tmp_path, tokenizer) -> None:
+    path = tmp_path / "chats.jsonl"
+    question, answer = CHATS[0]
+    write_chats(path, [[question, answer], [question, answer | {"finish_reason": "length"}]])
+    batches, _, _ = build_dataset(str(path), tokenizer, DataConfig(max_length=64, batch_size=2), VOCAB, 0, 1)
+    batch = next(batches)
+    np.testing.assert_array_equal(batch.input_ids[0], batch.input_ids[1])
+    (end,) = np.flatnonzero(batch.loss_mask[0] != batch.loss_mask[1])
+    assert batch.input_ids[0, end] == tokenizer.eos_token_id
+
+
 def test_a_changed_file_is_noticed(path: str, tokenizer) -> None:
     batches, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=0)
     with open(path, "r+b") as file:

@@ -74,6 +74,14 @@ def test_prompts_need_no_answer_but_a_user() -> None:
         parse_row(row(("system", "be brief")), "f", 1, needs_answer=False)
 
 
+@pytest.mark.parametrize(("reason", "is_kept"), [("length", True), ("context", True), ("stop", False), (["x"], False)])
+def test_only_what_cut_an_answer_is_read(reason: object, is_kept: bool) -> None:
+    messages = [GOOD[0], GOOD[1] | {"finish_reason": reason}]
+    assert parse_row(json.dumps({"messages": messages}).encode(), "f", 1) == (messages if is_kept else GOOD)
+    messages = [GOOD[0] | {"finish_reason": reason}, GOOD[1]]
+    assert parse_row(json.dumps({"messages": messages}).encode(), "f", 1) == GOOD
+
+
 def write_mixed(path) -> None:
     good = row(*[(m["role"], m["content"]) for m in GOOD])
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + b"\n  \n" + b"oops\n" + row(("user", "a")) + b"\n" + good)
