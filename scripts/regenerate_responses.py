@@ -59,8 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         monitor.say(report.summary())
     decoder = Decoder(config, params, dtype=arguments.dtype)
     stop_ids = find_stop_ids(tokenizer, path)
-    left_out = regenerate(decoder, tokenizer, stop_ids, chats, arguments.output, settings, monitor)
-    monitor.say(f"{arguments.output}: {len(chats)} chats answered, {left_out} left out (prompt too long)")
+    counts = regenerate(decoder, tokenizer, stop_ids, chats, arguments.output, settings, monitor)
+    monitor.say(f"{arguments.output}: {counts.summary()}")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def renders_as_written(
     A template may rewrite an answer that was cut: Qwen3's puts an empty thought before one that ends inside a thought.
 
     Raises:
-        ChatTemplateError: the tokenizer has no chat template or the template fails on these messages.
+        ChatTemplateError: the template fails on these messages.
     """
     prompt = _render(tokenizer, messages, enable_thinking, add_generation_prompt=True)
     chat = [*messages, {"role": "assistant", "content": answer}]

@@ -70,4 +70,5 @@ def _answer_prompts(
     )
     decoder = Decoder(target.config, target.params, dtype=config.target.dtype)
     stop_ids = find_stop_ids(target.tokenizer, target.path)
-    regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
+    counts = regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
+    monitor.say(f"responses: {counts.summary()}")
