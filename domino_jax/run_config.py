@@ -42,7 +42,7 @@ class DraftSettings:
 
     Attributes:
         target_layer_ids: empty: the default rule for the number of draft layers.
-        mask_token_id: -1: the tokenizer's mask token, else a clear error.
+        mask_token_id: -1: the tokenizer's mask token, else the lowest id that no token uses.
         initial_weights: `target` copies draft layers from the target (`training/draft_init.py`), `fresh` draws them.
     """
 

@@ -20,7 +20,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 Messages = Sequence[Mapping[str, str]]
-"""Turns of a chat, oldest first; each has `role` (system, user or assistant) and `content`."""
+"""Turns of a chat, oldest first; each has `role` (system, user or assistant) and `content`.
+
+An assistant turn with a `finish_reason` other than `stop` was cut: nobody wrote the token that ends it.
+"""
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -60,7 +63,8 @@ def render_chat(
 
     Templates with `{% generation %}` tags say themselves what the assistant wrote. For all others a turn starts where
     the generation prompt ends and ends with its content and the end-of-turn token. A token that reaches over the
-    border of a turn counts as prompt: the model could not produce it after the generation prompt.
+    border of a turn counts as prompt: the model could not produce it after the generation prompt. The end-of-turn
+    token of a turn that was cut has mask 0.
 
     Raises:
         ChatTemplateError: the template fails, or its renderings of a chat's prefixes do not fit the whole rendering.
@@ -70,6 +74,7 @@ def render_chat(
         text, spans = _spans_by_tags(tokenizer, template, messages, enable_thinking)
     else:
         text, spans = _spans_by_prefix(tokenizer, messages, enable_thinking)
+    spans = _leave_out_unwritten_ends(tokenizer, messages, text, spans)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return list(encoded["input_ids"]), _mask_tokens(encoded["offset_mapping"], spans)
 
@@ -83,6 +88,21 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Messages, enable
     _require_chat(tokenizer)
     text = _render(tokenizer, messages, enable_thinking, add_generation_prompt=True)
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def renders_as_written(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, answer: str, enable_thinking: bool
+) -> bool:
+    """Return whether the chat with `answer` renders as the prompt for it and its very text.
+
+    A template may rewrite an answer that was cut: Qwen3's puts an empty thought before one that ends inside a thought.
+
+    Raises:
+        ChatTemplateError: the template fails on these messages.
+    """
+    prompt = _render(tokenizer, messages, enable_thinking, add_generation_prompt=True)
+    chat = [*messages, {"role": "assistant", "content": answer}]
+    return _render(tokenizer, chat, enable_thinking, add_generation_prompt=False).startswith(prompt + answer)
 
 
 def find_stop_ids(tokenizer: PreTrainedTokenizerBase, path_or_id: str | None = None) -> tuple[int, ...]:
@@ -108,21 +128,32 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, path_or_id: str | None = N
 
 
 def find_mask_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """Return the drafter's mask token: the tokenizer's own, else the first id of the target no token uses.
+    """Return the drafter's mask token: the tokenizer's own, else the lowest id of the target that no token uses.
 
     Raises:
-        ChatTemplateError: the tokenizer has no mask token and the target's vocabulary has no unused id.
+        ChatTemplateError: the tokenizer's mask token is also its padding or end token, or it has none and the target's
+            vocabulary has no unused id.
 
     Source: the published Domino settings for Qwen3-8B take 151669, the first id after the tokenizer's last.
     """
-    if tokenizer.mask_token_id is not None and tokenizer.mask_token_id < vocab_size:
-        return int(tokenizer.mask_token_id)
-    if len(tokenizer) < vocab_size:
-        return len(tokenizer)
-    raise ChatTemplateError(
-        f"no mask token: the tokenizer has none below {vocab_size} and its {len(tokenizer)} tokens fill the "
-        "vocabulary; set draft.mask_token_id to an id that never occurs in text"
-    )
+    used = set(tokenizer.get_vocab().values())
+    unused = next((i for i in range(vocab_size) if i not in used), None)
+    mask_id = tokenizer.mask_token_id
+    if mask_id is None or mask_id >= vocab_size:
+        if unused is None:
+            raise ChatTemplateError(
+                f"no mask token: the tokenizer has none below {vocab_size} and its {len(used)} tokens fill the "
+                "vocabulary; set draft.mask_token_id to the id of a token that never occurs in text"
+            )
+        return unused
+    for name, other_id in (("pad", tokenizer.pad_token_id), ("eos", tokenizer.eos_token_id)):
+        if mask_id == other_id:
+            choice = "of a token that never occurs in text" if unused is None else f"no token uses, such as {unused}"
+            raise ChatTemplateError(
+                f"the tokenizer's mask token {tokenizer.mask_token!r} (id {mask_id}) is also its {name} token, which "
+                f"occurs in text; set draft.mask_token_id to an id {choice}"
+            )
+    return int(mask_id)
 
 
 def _require_chat(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -219,6 +250,25 @@ def _spans_by_prefix(
         reached = end + len(end_of_turn) * text.startswith(end_of_turn, end)
         spans.append((start, reached))
     return text, spans
+
+
+def _leave_out_unwritten_ends(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    was_cut = [m.get("finish_reason", "stop") != "stop" for m in messages if m["role"] == "assistant"]
+    if not any(was_cut):
+        return spans
+    if len(was_cut) != len(spans):
+        raise ChatTemplateError(
+            f"the chat template marks {len(spans)} stretches of text as generated for {len(was_cut)} assistant turns, "
+            "so the end of an answer that was cut cannot be told; give every assistant turn one pair of "
+            "{% generation %} tags, or leave out the rows that were cut"
+        )
+    endings = _special_texts(tokenizer)
+    for i, (start, end) in enumerate(spans):
+        if was_cut[i]:
+            spans[i] = start, end - next((len(t) for t in endings if t and text.endswith(t, start, end)), 0)
+    return spans
 
 
 def _pick_stand_in(text: str) -> str:

@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -60,10 +61,17 @@ class ChatSource:
         ResponsesError: the file cannot be read, too many rows are bad, or none can be used.
     """
 
-    def __init__(self, path: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig, vocab_size: int) -> None:
+    def __init__(
+        self,
+        path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        vocab_size: int,
+        bad_rows_log: Path | None = None,
+    ) -> None:
         """Check every row of `path` and keep the offsets of those that can be used."""
         self._path, self._tokenizer, self._config, self._vocab_size = path, tokenizer, config, vocab_size
-        self.index = self._check_rows()
+        self.index = self._check_rows(RowReport(path, config.bad_rows, config.max_bad_rows, bad_rows_log))
 
     def __len__(self) -> int:
         """Return the number of usable rows."""
@@ -85,16 +93,16 @@ class ChatSource:
         ids, loss_mask, _ = self._tokenise(RawRow(line_no, 0, content))
         return ids, loss_mask
 
-    def _check_rows(self) -> RowIndex:
-        index = RowIndex(RowReport(self._path, self._config.bad_rows, self._config.max_bad_rows))
+    def _check_rows(self, report: RowReport) -> RowIndex:
+        index = RowIndex(report)
         digest = hashlib.sha256()
         for row in scan_rows(self._path):
             try:
                 ids, loss_mask, num_all = self._tokenise(row)
             except RowError as error:
-                index.report.add_bad(error)
+                report.add_bad(error)
                 continue
-            index.report.num_good += 1
+            report.num_good += 1
             index.offsets.append(row.offset)
             index.sizes.append(len(row.content))
             index.line_nos.append(row.line_no)
@@ -102,7 +110,7 @@ class ChatSource:
             index.num_learned_tokens += sum(loss_mask)
             index.num_truncated += num_all > len(ids)
             digest.update(row.content)
-        index.report.require_good()
+        report.require_good()
         index.fingerprint = digest.hexdigest()[:16]
         return index
 
@@ -181,9 +189,11 @@ def build_dataset(
     num_epochs: int | float | None = None,
     process_index: int = 0,
     process_count: int = 1,
+    bad_rows_log: Path | None = None,
 ) -> tuple[BatchIterator, RowIndex, int]:
     """Check `path` and return its batches, what the check found, and the number of usable rows.
 
+    Bad rows that are skipped are written to `bad_rows_log`, one JSON object a line; the log of an earlier check goes.
     `num_epochs` may be a fraction; None never ends. With fewer rows than a batch a batch holds a row more than once,
     from successive epochs. Each of `process_count` processes gets `batch_size / process_count` rows of every batch.
 
@@ -193,7 +203,7 @@ def build_dataset(
         ValueError: `batch_size` does not divide over the processes, or an argument is out of range.
     """
     _check_arguments(config, seed, num_epochs, process_index, process_count)
-    source = ChatSource(path, tokenizer, config, vocab_size)
+    source = ChatSource(path, tokenizer, config, vocab_size, bad_rows_log)
     num_rows = len(source)
     rows = grain.MapDataset.source(source).shuffle(seed)
     num_batches = None

@@ -1,9 +1,9 @@
 """JSONL of chats: read, validate, write.
 
-In: one JSON object a line, `messages` (OpenAI roles) or `conversations` (ShareGPT), other fields are ignored. Out:
-checked messages with their line numbers; a row that cannot be used is a `RowError` with file, line and reason, which
-a `RowReport` counts and skips or makes fatal. Lines are read as bytes and end with a line feed only, so a row is
-found again by its offset. Knows nothing about tokenizers or batches.
+In: one JSON object a line, `messages` (OpenAI roles) or `conversations` (ShareGPT); an assistant turn may have a
+`finish_reason`, other fields are ignored. Out: checked messages with their line numbers; a row that cannot be used is
+a `RowError` with file, line and reason, which a `RowReport` counts, lists and skips or makes fatal. Lines are read as
+bytes and end with a line feed only, so a row is found again by its offset. Knows nothing about tokenizers or batches.
 
 Source: message fields of the OpenAI chat API and of ShareGPT exports.
 """
@@ -25,7 +25,9 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }
 _ROLES = ("system", "user", "assistant")
-_MAX_EXAMPLES = 5
+CUT_REASONS = ("length", "context")
+"""Values of an assistant turn's `finish_reason` that say: the answer was cut, its end was never written."""
+_MAX_MESSAGES = 100
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -40,12 +42,13 @@ class RowError(ResponsesError):
         path: the file.
         line_no: 1-based line.
         reason: a short reason that rows are counted by.
+        detail: what was found in this row; may be empty.
     """
 
     def __init__(self, path: str | Path, line_no: int, reason: str, detail: str = "") -> None:
         """Build the message `path:line: reason (detail)`."""
         super().__init__(f"{path}:{line_no}: {reason}" + (f" ({detail})" if detail else ""))
-        self.path, self.line_no, self.reason = str(path), line_no, reason
+        self.path, self.line_no, self.reason, self.detail = str(path), line_no, reason, detail
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,23 @@ class RowReport:
     Attributes:
         bad_rows: `skip` counts a bad row and goes on; `fail` raises it.
         max_bad_rows: one bad row more than this raises; -1: no cap.
+        log_path: JSONL that every bad row is written to as it is found; one of an earlier pass is removed.
         num_good: rows that can be used.
         reasons: bad rows by reason.
-        examples: messages of the first bad rows.
+        messages: of the first 100 bad rows.
     """
 
     path: str
     bad_rows: Literal["skip", "fail"] = "skip"
     max_bad_rows: int = -1
+    log_path: Path | None = None
     num_good: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
+    messages: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.log_path:
+            self.log_path.unlink(missing_ok=True)
 
     @property
     def num_bad(self) -> int:
@@ -88,7 +97,7 @@ class RowReport:
         return sum(self.reasons.values())
 
     def add_bad(self, error: RowError) -> None:
-        """Count `error`, or raise where the policy says so.
+        """Count and log `error`, or raise where the policy says so.
 
         Raises:
             RowError: `bad_rows` is `fail`.
@@ -97,12 +106,17 @@ class RowReport:
         if self.bad_rows == "fail":
             raise error
         self.reasons[error.reason] += 1
-        if len(self.examples) < _MAX_EXAMPLES:
-            self.examples.append(str(error))
+        if len(self.messages) < _MAX_MESSAGES:
+            self.messages.append(str(error))
+        if self.log_path:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            row = {"path": error.path, "line": error.line_no, "reason": error.reason, "detail": error.detail}
+            with self.log_path.open("a", encoding="ascii") as file:
+                file.write(json.dumps(row) + "\n")
         if 0 <= self.max_bad_rows < self.num_bad:
             raise ResponsesError(
-                f"more than max_bad_rows = {self.max_bad_rows} bad rows; {self.summary()}; "
-                "repair the file or raise data.max_bad_rows (-1: no cap)"
+                f"more than max_bad_rows = {self.max_bad_rows} bad rows: repair the file or raise data.max_bad_rows "
+                f"(-1: no cap); {self.summary()}"
             ) from error
 
     def require_good(self) -> None:
@@ -113,15 +127,18 @@ class RowReport:
         """
         if self.num_good == 0:
             what = f"every row was dropped; {self.summary()}" if self.num_bad else "the file has no rows"
-            raise ResponsesError(f"{self.path}: {what}; nothing can be read from it")
+            raise ResponsesError(f"{self.path}: nothing can be read from it: {what}")
 
     def summary(self) -> str:
-        """Return the counts by reason and the first examples in one line."""
+        """Return the counts by reason, and the bad rows or the log that lists them."""
         text = f"{self.path}: {self.num_good} rows used, {self.num_bad} skipped"
-        if self.reasons:
-            text += " (" + ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common()) + ")"
-            text += "; first: " + " | ".join(self.examples)
-        return text
+        if not self.num_bad:
+            return text
+        text += " (" + ", ".join(f"{count} x {reason}" for reason, count in self.reasons.most_common()) + ")"
+        if self.log_path:
+            return f"{text}; all of them are listed in {self.log_path}, the first: {self.messages[0]}"
+        num_more = self.num_bad - len(self.messages)
+        return "\n  ".join([f"{text}:", *self.messages, *([f"and {num_more} more"] if num_more else [])])
 
 
 def scan_rows(path: str | Path) -> Iterator[RawRow]:
@@ -142,7 +159,7 @@ def scan_rows(path: str | Path) -> Iterator[RawRow]:
 
 
 def parse_row(content: bytes, path: str | Path, line_no: int, needs_answer: bool = True) -> list[dict[str, str]]:
-    """Return the messages of one line, each with `role` and `content` only.
+    """Return the messages of one line: `role` and `content`, and `finish_reason` where an answer was cut.
 
     `needs_answer` False also takes chats without an assistant turn, as prompts; then a user turn is needed.
 
@@ -244,7 +261,10 @@ def _read_turn(
         content.encode("utf-8")
     except UnicodeEncodeError:
         return "not UTF-8", f"{content_key!r} of the {role} holds half a surrogate pair", None
-    return "", "", {"role": role, "content": content}
+    message = {"role": role, "content": content}
+    if role == "assistant" and turn.get("finish_reason") in CUT_REASONS:
+        message["finish_reason"] = turn["finish_reason"]
+    return "", "", message
 
 
 def _check_order(messages: Sequence[Mapping[str, str]], path: str | Path, line_no: int, needs_answer: bool) -> None:

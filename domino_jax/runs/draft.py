@@ -98,12 +98,17 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
 
     Raises:
         ChatTemplateError: the settings leave the mask token open and the tokenizer has none to offer.
+        RunError: the mask token is one that ends or pads texts.
         CheckpointError: the drafter does not fit the target.
         ConfigError: it cannot start from the target's weights although it is to.
     """
     mask_id = config.draft.mask_token_id
     if mask_id < 0:
         mask_id = find_mask_id(target.tokenizer, target.config.vocab_size)
+    if mask_id in (target.tokenizer.pad_token_id, target.tokenizer.eos_token_id):
+        raise RunError(
+            f"draft.mask_token_id is {mask_id}, which pads or ends texts; give an id that no text holds, or -1"
+        )
     draft = config.draft.resolve(target.config, mask_id)
     check_draft_fits(draft, target.config)
     if config.draft.initial_weights == "target":
@@ -153,9 +158,18 @@ def train_draft(
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
     batches, index, num_rows = build_dataset(
-        train_path, target.tokenizer, config.data, target.config.vocab_size, config.seed, epochs
+        train_path,
+        target.tokenizer,
+        config.data,
+        target.config.vocab_size,
+        config.seed,
+        epochs,
+        bad_rows_log=folder.root / "bad_rows.jsonl",
     )
-    monitor.say(f"data: {num_rows} rows, {index.num_tokens} tokens, {index.num_learned_tokens} learned")
+    monitor.say(
+        f"data: {num_rows} rows ({index.num_truncated} cut to max_length {config.data.max_length}), "
+        f"{index.num_tokens} tokens, {index.num_learned_tokens} learned"
+    )
     if index.report.num_bad:
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0

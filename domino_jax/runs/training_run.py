@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from domino_jax.checkpoints.huggingface import load_target, resolve_directory
+from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
+from domino_jax.config import require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.data.tokenizer import MASK, SPECIAL_TOKENS
 from domino_jax.decoding.generate import Decoder
@@ -53,13 +54,17 @@ def check_run(config: RunConfig) -> None:
 
     Raises:
         RunError: a file of chats is missing, or held-out answers leave no room for a prompt.
-        ConfigError: the drafter does not fit the target that the run builds.
+        ConfigError: drafter or sequences do not fit the target that the run builds.
     """
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():
             raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
     if config.corpus:
         budget, context = config.train.eval_max_new_tokens, config.corpus.max_length
+        length = config.data.max_length
+        require(
+            length <= context, f"data.max_length is {length}; the target's context, corpus.max_length, is {context}"
+        )
         if budget >= context:
             raise RunError(
                 f"train.eval_max_new_tokens is {budget}; prompt and answer share corpus.max_length {context}"
@@ -74,10 +79,17 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     """Load the target the run trains for, with its tokenizer.
 
     Raises:
+        ConfigError: the run's sequences are longer than the target's context.
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
     path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
+    context_len = read_target_config(path)[0].max_position_embeddings
+    require(
+        config.data.max_length <= context_len,
+        f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
+        f"give --config.data.max_length={context_len} or less",
+    )
     target_config, params = load_target(path, config.target.dtype)
     return TargetModel(path, target_config, params, load_tokenizer(path))
 
@@ -95,4 +107,5 @@ def _answer_prompts(
     )
     decoder = Decoder(target.config, target.params, dtype=config.target.dtype)
     stop_ids = find_stop_ids(target.tokenizer, target.path)
-    regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
+    counts = regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
+    monitor.say(f"responses: {counts.summary()}")

@@ -13,6 +13,7 @@ from domino_jax.data.chat_template import (
     find_stop_ids,
     load_tokenizer,
     render_chat,
+    renders_as_written,
 )
 
 CHATML = (
@@ -169,6 +170,37 @@ def test_tags_around_more_or_less_than_the_turn(inside: str, behind: str) -> Non
     assert learned(tokenizer, ids, mask) == "one<|im_end|>two<|im_end|>"
 
 
+TAGS_WITHOUT_END = tagged("", "<|im_end|>\\n")
+
+
+@pytest.mark.parametrize("template", [CHATML, TAGGED, TAGS_WITHOUT_END, THINKING])
+@pytest.mark.parametrize("cut_turn", [1, 3])
+def test_the_end_of_a_cut_answer_is_not_learned(template: str, cut_turn: int) -> None:
+    tokenizer = make_tokenizer(template)
+    messages = chat("a?", "one", "b?", "two")
+    whole_ids, _ = render_chat(tokenizer, messages, False)
+    messages[cut_turn]["finish_reason"] = "length"
+    ids, mask = render_chat(tokenizer, messages, False)
+    assert ids == whole_ids
+    assert learned(tokenizer, ids, mask) == {1: "onetwo<|im_end|>", 3: "one<|im_end|>two"}[cut_turn]
+
+
+def test_tags_that_do_not_fit_the_turns_are_refused_for_cut_answers() -> None:
+    tokenizer = make_tokenizer(TAGGED.replace("{{ m.content +", "{% endgeneration %}{% generation %}{{ m.content +"))
+    messages = chat("a?", "one")
+    assert render_chat(tokenizer, messages, False)
+    messages[1]["finish_reason"] = "length"
+    with pytest.raises(ChatTemplateError, match="2 stretches of text as generated for 1 assistant turns"):
+        render_chat(tokenizer, messages, False)
+
+
+def test_an_answer_cut_inside_a_thought_does_not_render_as_written() -> None:
+    tokenizer = TOKENIZERS["thinking"]
+    for answer, expected in [("<think>\nhm", False), ("<think>\nhm\n</think>\n\none", True)]:
+        assert renders_as_written(tokenizer, chat("a?"), answer, True) == expected
+    assert renders_as_written(tokenizer, chat("a?", "one", "b?"), "two", False)
+
+
 def test_tokens_over_the_border_of_a_turn_are_not_learned() -> None:
     tokenizer = TOKENIZERS["prefix"]
     ids, mask = render_chat(tokenizer, chat("a?", "\none"), False)
@@ -264,5 +296,27 @@ def test_mask_id() -> None:
     assert find_mask_id(tokenizer, len(tokenizer) + 1) == len(tokenizer)
     with pytest.raises(ChatTemplateError, match="no mask token"):
         find_mask_id(tokenizer, len(tokenizer))
-    tokenizer.mask_token = "<|endoftext|>"
-    assert find_mask_id(tokenizer, len(tokenizer)) == 0
+    tokenizer.mask_token = "<|im_start|>"
+    assert find_mask_id(tokenizer, len(tokenizer)) == 1
+
+
+@pytest.mark.parametrize(("token", "name"), [("<|endoftext|>", "pad"), ("<|im_end|>", "eos")])
+def test_a_mask_token_with_another_job_is_refused(token: str, name: str) -> None:
+    tokenizer = make_tokenizer(TAGGED)
+    tokenizer.mask_token = token
+    with pytest.raises(
+        ChatTemplateError, match=rf"is also its {name} token.*an id no token uses, such as {len(tokenizer)}$"
+    ):
+        find_mask_id(tokenizer, len(tokenizer) + 2)
+    with pytest.raises(ChatTemplateError, match=r"draft\.mask_token_id to an id of a token that never occurs"):
+        find_mask_id(tokenizer, len(tokenizer))
+
+
+def test_a_mask_id_is_free_where_ids_have_gaps() -> None:
+    """The number of tokens is the id of one where the tokenizer leaves ids out before it."""
+    vocab = {"a": 0, "b": 1, "c": 3, "d": 4}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocab, unk_token="a")), unk_token="a", chat_template=CHATML
+    )
+    assert len(tokenizer) == 4
+    assert find_mask_id(tokenizer, 8) == find_mask_id(tokenizer, 5) == 2

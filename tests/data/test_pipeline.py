@@ -135,9 +135,13 @@ def test_bad_rows_are_known_before_training(tmp_path, tokenizer) -> None:
     path = tmp_path / "chats.jsonl"
     rows = [json.dumps({"messages": c}) for c in [*CHATS[:4], chat("long " * 60, "cut off")]]
     path.write_text("\n".join([rows[0], "oops", *rows[1:]]) + "\r\n", encoding="utf-8")
-    batches, index, num_rows = build_dataset(str(path), tokenizer, CONFIG, VOCAB, seed=0, num_epochs=1)
+    log = tmp_path / "bad_rows.jsonl"
+    batches, index, num_rows = build_dataset(
+        str(path), tokenizer, CONFIG, VOCAB, seed=0, num_epochs=1, bad_rows_log=log
+    )
+    assert [json.loads(line)["line"] for line in log.read_text().splitlines()] == [2, 6]
     assert num_rows == 4 and index.report.reasons == {"malformed JSON": 1, "no assistant token left": 1}
-    assert index.report.examples[1].startswith(f"{path}:6: no assistant token left")
+    assert index.report.messages[1].startswith(f"{path}:6: no assistant token left")
     assert list(index.line_nos) == [1, 3, 4, 5]
     assert sorted(rows_of(list(batches), tokenizer)) == ["q0", "q1", "q2", "q3"]
     with pytest.raises(RowError, match=":2: malformed JSON"):
@@ -162,6 +166,17 @@ def test_truncation_and_single_learned_tokens(tmp_path, tokenizer) -> None:
     batches, index, _ = build_dataset(str(path), tokenizer, config, VOCAB, seed=0)
     assert index.num_truncated == 1 and index.num_learned_tokens == 2
     assert next(batches).input_ids[0].tolist() == ids[: first + 2]
+
+
+def test_the_end_of_a_cut_answer_is_no_label(tmp_path, tokenizer) -> None:
+    path = tmp_path / "chats.jsonl"
+    question, answer = CHATS[0]
+    write_chats(path, [[question, answer], [question, answer | {"finish_reason": "length"}]])
+    batches, _, _ = build_dataset(str(path), tokenizer, DataConfig(max_length=64, batch_size=2), VOCAB, 0, 1)
+    batch = next(batches)
+    np.testing.assert_array_equal(batch.input_ids[0], batch.input_ids[1])
+    (end,) = np.flatnonzero(batch.loss_mask[0] != batch.loss_mask[1])
+    assert batch.input_ids[0, end] == tokenizer.eos_token_id
 
 
 def test_a_changed_file_is_noticed(path: str, tokenizer) -> None:

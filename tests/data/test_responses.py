@@ -74,6 +74,14 @@ def test_prompts_need_no_answer_but_a_user() -> None:
         parse_row(row(("system", "be brief")), "f", 1, needs_answer=False)
 
 
+@pytest.mark.parametrize(("reason", "is_kept"), [("length", True), ("context", True), ("stop", False), (["x"], False)])
+def test_only_what_cut_an_answer_is_read(reason: object, is_kept: bool) -> None:
+    messages = [GOOD[0], GOOD[1] | {"finish_reason": reason}]
+    assert parse_row(json.dumps({"messages": messages}).encode(), "f", 1) == (messages if is_kept else GOOD)
+    messages = [GOOD[0] | {"finish_reason": reason}, GOOD[1]]
+    assert parse_row(json.dumps({"messages": messages}).encode(), "f", 1) == GOOD
+
+
 def write_mixed(path) -> None:
     good = row(*[(m["role"], m["content"]) for m in GOOD])
     path.write_bytes(b"\xef\xbb\xbf" + good + b"\r\n" + b"\n  \n" + b"oops\n" + row(("user", "a")) + b"\n" + good)
@@ -86,7 +94,7 @@ def test_line_numbers_blank_lines_and_line_ends(tmp_path) -> None:
     assert list(read_chats(path, report)) == [(1, GOOD), (6, GOOD)]
     assert report.num_good == 2 and report.num_bad == 2
     assert report.reasons == {"malformed JSON": 1, "no assistant turn": 1}
-    assert [e.split(": ")[0] for e in report.examples] == [f"{path}:4", f"{path}:5"]
+    assert [e.split(": ")[0] for e in report.messages] == [f"{path}:4", f"{path}:5"]
     assert "2 rows used, 2 skipped (1 x malformed JSON, 1 x no assistant turn)" in report.summary()
     data = path.read_bytes()
     assert all(data[r.offset : r.offset + len(r.content)] == r.content for r in scan_rows(path))
@@ -100,6 +108,39 @@ def test_policies(tmp_path) -> None:
     assert len(list(read_chats(path, RowReport(str(path), max_bad_rows=2)))) == 2
     with pytest.raises(ResponsesError, match=r"more than max_bad_rows = 1"):
         list(read_chats(path, RowReport(str(path), max_bad_rows=1)))
+
+
+def test_every_bad_row_is_named(tmp_path) -> None:
+    path = tmp_path / "chats.jsonl"
+    good = json.dumps({"messages": GOOD})
+    path.write_text("\n".join([good, *["oops"] * 103]))
+    report = RowReport(str(path))
+    list(read_chats(path, report))
+    lines = report.summary().splitlines()
+    assert lines[0] == f"{path}: 1 rows used, 103 skipped (103 x malformed JSON):"
+    assert [line.strip().split(": ")[0] for line in lines[1:-1]] == [f"{path}:{n}" for n in range(2, 102)]
+    assert lines[-1] == "  and 3 more"
+
+
+def test_bad_rows_are_logged_as_they_are_found_and_once(tmp_path) -> None:
+    path, log = tmp_path / "chats.jsonl", tmp_path / "run" / "bad_rows.jsonl"
+    write_mixed(path)
+    for _ in range(2):
+        report = RowReport(str(path), log_path=log)
+        rows = read_chats(path, report)
+        next(rows)
+        assert not log.exists()
+        next(rows)
+        logged = [json.loads(line) for line in log.read_text().splitlines()]
+        assert [(row["path"], row["line"], row["reason"]) for row in logged] == [
+            (str(path), 4, "malformed JSON"),
+            (str(path), 5, "no assistant turn"),
+        ]
+        assert logged[0]["detail"].startswith("Expecting value")
+        assert str(log) in report.summary() and f"{path}:4: malformed JSON" in report.summary()
+    with pytest.raises(ResponsesError, match="max_bad_rows = 1") as caught:
+        list(read_chats(path, RowReport(str(path), max_bad_rows=1, log_path=log)))
+    assert str(log) in str(caught.value) and len(log.read_text().splitlines()) == 2
 
 
 def test_nothing_left_is_an_error(tmp_path) -> None:

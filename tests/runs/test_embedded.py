@@ -112,7 +112,9 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(repository, undisturbe
 def test_mistakes_are_found_before_anything_is_built(repository, tmp_path):
     for override, said in (
         ({"draft.target_layer_ids": "9"}, "the target has layers 0 .. 2"),
-        ({"train.eval_max_new_tokens": 320}, "a prompt too must fit corpus.max_length 320"),
+        ({"train.eval_max_new_tokens": 320}, "prompt and answer share corpus.max_length 320"),
+        ({"data.max_length": 400}, "data.max_length is 400"),
+        ({"draft.intermediate_size": 64}, "intermediate_size is 64, the target's is 48"),
         ({"draft.block_sise": 3}, "block_size"),
     ):
         process = start(repository, tmp_path, **override)

@@ -1,4 +1,4 @@
-"""A whole run on a target of a few thousand parameters: resume, reports, refusals, regenerated responses."""
+"""A whole run on a target of a few thousand parameters: resume, reports, refusals."""
 
 import json
 import os
@@ -7,19 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from domino_jax.checkpoints.huggingface import load_target, save_target
 from domino_jax.checkpoints.train_state import TrainCheckpoints
-from domino_jax.config import TargetConfig
-from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.config import ConfigError
 from domino_jax.data.responses import read_chats, write_chats
-from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
-from domino_jax.decoding.generate import Decoder
-from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
@@ -27,30 +21,8 @@ from domino_jax.runs.draft import read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
-from domino_jax.runs.responses import ResponseSettings, regenerate
 from domino_jax.runs.training_run import load_target_model, run_training
 from domino_jax.training.step import create_train_state
-
-
-@pytest.fixture(scope="module")
-def material(tmp_path_factory):
-    """A random target with a tokenizer, and two files of chats."""
-    root = tmp_path_factory.mktemp("material")
-    words = ["alpha", "beta", "gamma", "delta", "omega", "sigma"]
-    chats = [
-        [
-            {"role": "user", "content": f"say {words[i % 6]} {words[i // 6 % 6]}"},
-            {"role": "assistant", "content": f"{words[i % 6]} and {words[i // 6 % 6]}, that is number {i}"},
-        ]
-        for i in range(24)
-    ]
-    tokenizer = train_tokenizer((m["content"] for chat in chats for m in chat), 300)
-    config = TargetConfig(len(tokenizer), 16, 32, 4, 2, 1, 8, max_position_embeddings=96, tie_word_embeddings=True)
-    save_tokenizer(tokenizer, root / "target")
-    save_target(str(root / "target"), config, init_target_params(config, jax.random.key(0)))
-    write_chats(root / "train.jsonl", chats[:20])
-    write_chats(root / "eval.jsonl", chats[20:])
-    return root
 
 
 def make_config(material, output_dir, **train) -> RunConfig:
@@ -181,6 +153,12 @@ def test_another_configuration_is_refused_with_the_difference(material, finished
         run_training(changed)
 
 
+def test_sequences_longer_than_the_context_are_refused(material, tmp_path):
+    config = make_config(material, tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.max_length is 97; the context of the target .* holds 96 tokens"):
+        run_training(replace(config, data=replace(config.data, max_length=97)))
+
+
 def test_no_held_out_chats_gives_a_report_of_curves(material, tmp_path):
     config = make_config(material, tmp_path, num_steps=2)
     run_training(replace(config, data=replace(config.data, eval_path="")))
@@ -188,32 +166,18 @@ def test_no_held_out_chats_gives_a_report_of_curves(material, tmp_path):
     assert (tmp_path / "run" / "draft" / "model.safetensors").exists()
 
 
-def test_regenerated_responses_are_the_targets_own_and_resume(material, tmp_path):
-    config, params = load_target(str(material / "target"), "float32")
-    tokenizer = load_tokenizer(str(material / "target"))
-    stop_ids = find_stop_ids(tokenizer, str(material / "target"))
-    chats = [messages for _, messages in read_chats(material / "train.jsonl")][:6]
-    two_turns = [*chats[0], {"role": "user", "content": "again"}, {"role": "assistant", "content": "no"}]
-    too_long = [{"role": "user", "content": "alpha " * 200}, {"role": "assistant", "content": "no"}]
-    chats = [two_turns, too_long, *chats[2:]]
-    decoder, monitor = Decoder(config, params), RunMonitor(None, None)
-
-    def answer(path, num_chats):
-        settings = ResponseSettings(max_new_tokens=6, max_prompt_tokens=64, batch_size=4)
-        return regenerate(decoder, tokenizer, stop_ids, chats[:num_chats], path, settings, monitor)
-
-    assert answer(tmp_path / "whole.jsonl", 6) == 1
-    answer(tmp_path / "parts.jsonl", 4)
-    with (tmp_path / "parts.jsonl").open("a") as file:
-        file.write('{"messages": [{"role"')  # cut by a crash
-    answer(tmp_path / "parts.jsonl", 6)
-    assert (tmp_path / "whole.jsonl").read_text() == (tmp_path / "parts.jsonl").read_text()
-    rows = read_rows(tmp_path / "whole.jsonl")
-    assert [row["row"] for row in rows] == [0, 2, 3, 4, 5]
-    assert [m["role"] for m in rows[0]["messages"]] == ["user", "assistant"] * 2
-    prompt = tokenizer.apply_chat_template(rows[1]["messages"][:1], add_generation_prompt=True)["input_ids"]
-    (alone,) = decoder.generate([prompt], 6, stop_ids=stop_ids)
-    assert rows[1]["messages"][1]["content"] == tokenizer.decode([t for t in alone.output_ids if t not in stop_ids])
+def test_a_run_says_what_it_left_out_of_the_data(material, tmp_path, capsys):
+    data = tmp_path / "chats.jsonl"
+    data.write_text((material / "train.jsonl").read_text() + 'not json\n{"messages": []}\n')
+    config = make_config(material, tmp_path, num_steps=1)
+    config = replace(config, data=replace(config.data, train_path=str(data), eval_path="", max_length=24))
+    for _ in range(2):
+        run_training(config)
+        said = capsys.readouterr().out
+        assert "data: 20 rows (20 cut to max_length 24)" in said
+        log = tmp_path / "run" / "bad_rows.jsonl"
+        assert "20 rows used, 2 skipped" in said and str(log) in said
+        assert [(row["line"], row["reason"]) for row in read_rows(log)] == [(21, "malformed JSON"), (22, "no messages")]
 
 
 def test_how_a_run_ends(capsys):
@@ -237,21 +201,6 @@ def call(repository, *arguments):
         text=True,
         check=False,
     )
-
-
-def test_regenerate_from_the_command_line_takes_prompts_without_answers(material, repository, tmp_path):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"messages": [{"role": "user", "content": "say alpha"}]}\nnot json\n')
-    output = tmp_path / "answers.jsonl"
-    script = ["scripts/regenerate_responses.py", "--target", material / "target", "--output", output]
-    options = ["--max-new-tokens", 4, "--batch-size", 2]
-    done = call(repository, *script, "--input", prompts, *options)
-    assert done.returncode == 0, done.stderr
-    assert "1 skipped (1 x malformed JSON)" in done.stdout
-    (answered,) = read_rows(output)
-    assert [m["role"] for m in answered["messages"]] == ["user", "assistant"]
-    missing = call(repository, *script, "--input", tmp_path / "absent.jsonl", *options)
-    assert missing.returncode == EXIT_MISTAKE and "absent.jsonl cannot be read" in missing.stderr
 
 
 def test_train_tells_mistakes_in_a_sentence(material, repository, tmp_path):
