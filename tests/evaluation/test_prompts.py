@@ -45,6 +45,37 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, message):
     assert message in str(caught.value)
 
 
+def test_only_a_line_feed_ends_a_line_and_a_byte_order_mark_is_no_text(tmp_path):
+    texts = ["a\u2028b", "a\u2029b", "a\u0085b", "a\vb"]
+    rows = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n\n".join(rows).encode())
+    read = prompts.read_prompts(path)
+    assert [prompt.text for prompt in read] == texts
+    assert [prompt.name for prompt in read] == [f"{path}, line {number}" for number in (1, 3, 5, 7)]
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b'{"prompt": "a"}\n{"prompt": "\xff"}\n')
+    with pytest.raises(PromptError, match=r"line 2: 'utf-8' .* save the file as UTF-8"):
+        prompts.read_prompts(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "where"),
+    [
+        (r'{"prompt": "a\ud800"}', "prompt"),
+        (r'{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "\ud800"}]}', "message 1"),
+        (r'{"messages": [{"role": "user", "content": "a", "name": "\ud800"}]}', "message 0"),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path, line, where):
+    whole = r'{"prompt": "\ud83d\ude00"}'
+    with pytest.raises(PromptError, match=rf"line 2: {where} holds \\ud800, half of"):
+        prompts.load_prompts(str(write(tmp_path, whole, line)))
+
+
 def test_an_empty_file_and_an_unknown_name_are_refused(tmp_path):
     with pytest.raises(PromptError, match="no prompt"):
         prompts.load_prompts(str(write(tmp_path, "")))
