@@ -14,6 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
+
+# The hub's HTTP library differs by version (httpx or a successor), and its connection errors are no OSError.
+_FETCH_ERRORS = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
+
 
 class PromptError(ValueError):
     """A prompt file or set that cannot be used; the message names file and line, or the set, and what to do."""
@@ -213,7 +218,7 @@ def _load_set(name: str) -> list[Prompt]:
     arguments, options = prompt_set.load
     try:
         rows = datasets.load_dataset(*arguments, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _FETCH_ERRORS as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"the set {name!r} could not be fetched ({first_line}); it needs a reachable Hugging Face hub or a cache; "
