@@ -26,7 +26,8 @@ from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -126,7 +127,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark of a command line; return 0, or 2 with one sentence where it cannot be run."""
-    args = _parse(arguments)
+    args = parse_arguments(arguments)
     try:
         _run(args)
     except _REFUSALS as error:
