@@ -8,23 +8,26 @@ measured. What a row holds: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
 """
 
 import argparse
+import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
-from domino_jax.checkpoints.safetensors_io import CheckpointError, read_json_object
+from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder, DecodingError
-from domino_jax.evaluation.benchmark import BenchmarkSettings, TextCodec, format_table, measure, write_rows
+from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
 
-_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, PromptError)
+_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,37 +61,41 @@ def _positive(text: str) -> int:
     return value
 
 
-def _open_text(target: str, prompts: list[Prompt], enable_thinking: bool) -> tuple[TextCodec | None, tuple[int, ...]]:
-    """Return the target's tokenizer as callables, and its stop ids; prompts of ids need no tokenizer."""
-    directory = resolve_directory(target)
+def _open_text(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[benchmark.TextCodec | None, tuple[int, ...]]:
+    """Return the target's tokenizer as callables, and the stop ids; prompts of ids need no tokenizer."""
+    directory = str(resolve_directory(args.target))
     try:
-        tokenizer = load_tokenizer(str(directory))
+        tokenizer = load_tokenizer(directory, needs_template=any(p.messages or p.turns for p in prompts))
     except ChatTemplateError as error:
         if any(prompt.prompt_ids is None for prompt in prompts):
             raise
         print(f"no text in the rows: {error}", file=sys.stderr)
-        path = directory / "generation_config.json"
-        stop = read_json_object(path).get("eos_token_id") if path.exists() else None
-        return None, tuple(stop if isinstance(stop, list) else [] if stop is None else [stop])
-    codec = TextCodec(
+        return None, _find_stop_ids(args.stop_ids, None, directory)
+    codec = benchmark.TextCodec(
         encode_text=lambda text: list(tokenizer(text)["input_ids"]),
-        encode_chat=partial(encode_prompt, tokenizer, enable_thinking=enable_thinking),
+        encode_chat=partial(encode_prompt, tokenizer, enable_thinking=args.enable_thinking),
         decode=partial(tokenizer.decode, skip_special_tokens=True),
     )
-    return codec, find_stop_ids(tokenizer, str(directory))
+    return codec, _find_stop_ids(args.stop_ids, tokenizer, directory)
 
 
-def _parse_stop_ids(text: str) -> tuple[int, ...]:
+def _find_stop_ids(given: str | None, tokenizer: Any, directory: str) -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(",") if part.strip())
+        if given is None:
+            return find_stop_ids(tokenizer, directory)
+        return tuple(int(part) for part in given.split(",") if part.strip())
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{error}, or give --stop-ids") from error
     except ValueError as error:
-        raise PromptError(f"--stop-ids is {text!r}; give token ids with commas between, such as 5,7") from error
+        raise PromptError(f"--stop-ids is {given!r}; give token ids with commas between, such as 5,7") from error
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.output:
+        benchmark.check_output(args.output)
     prompts = load_prompts(args.prompts, args.limit)
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    codec, stop_ids = _open_text(args.target, prompts, args.enable_thinking)
+    codec, stop_ids = _open_text(args, prompts)
     target_config, target_params = load_target(args.target, args.dtype)
     draft = load_draft(args.draft, args.dtype) if args.draft else None
     if draft:
@@ -96,32 +103,31 @@ def _run(args: argparse.Namespace) -> None:
         draft.config.num_draft_tokens(args.block_size)
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
-    decoder = Decoder(
-        target_config,
-        target_params,
-        draft.config if draft else None,
-        draft.params if draft else None,
-        dtype=args.dtype,
-    )
-    settings = BenchmarkSettings(
+    drafter = (draft.config, draft.params) if draft else ()
+    decoder = Decoder(target_config, target_params, *drafter, dtype=args.dtype)
+    settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
-        stop_ids=stop_ids if args.stop_ids is None else _parse_stop_ids(args.stop_ids),
+        stop_ids=stop_ids,
         rule=args.rule,
         block_size=args.block_size,
         use_head=not args.no_head,
         batch_size=args.batch_size,
         repeats=args.repeats,
+        target=args.target,
+        draft=args.draft,
     )
-    rows = write_rows(args.output, measure(decoder, prompts, settings, codec))
-    print(format_table(summarise(rows)))
+    shown = {**benchmark.shared_fields(decoder, settings), "seed": args.seed, "prompts": args.prompts}
+    print(f"settings: {json.dumps(shown, ensure_ascii=False)}", flush=True)
+    rows = benchmark.write_rows(args.output, benchmark.measure(decoder, prompts, settings, codec))
+    print(benchmark.format_table(summarise(rows)))
     if args.output:
         print(f"rows: {args.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark of a command line; return 0, or 2 with one sentence where it cannot be run."""
-    args = _parse(arguments)
+    args = parse_arguments(arguments)
     try:
         _run(args)
     except _REFUSALS as error:

@@ -16,14 +16,17 @@ from statistics import median
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
 from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.config import ConfigError
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
-from domino_jax.decoding.generate import Decoder
-from domino_jax.evaluation.benchmark import write_rows
-from domino_jax.evaluation.metrics import decoded_tokens, speed_up, tau_over_prompts, tau_over_rounds
-from domino_jax.evaluation.prompts import PromptError, load_prompts
+from domino_jax.decoding.generate import Decoder, DecodingError
+from domino_jax.evaluation.benchmark import OutputError, check_output, write_rows
+from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, speed_up, tau_over_prompts, tau_over_rounds
+from domino_jax.evaluation.prompts import Prompt, PromptError, load_prompts
+
+_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, OutputError, PromptError)
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="compare_transformers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,14 +42,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _encode_all(target: str, prompts: list) -> tuple[list[list[int]], tuple[int, ...]]:
+def _encode_all(target: str, prompts: list[Prompt]) -> tuple[list[list[int]], tuple[int, ...]]:
     directory = str(resolve_directory(target))
     if all(prompt.prompt_ids is not None for prompt in prompts):
         try:
             return [prompt.prompt_ids for prompt in prompts], find_stop_ids(load_tokenizer(directory), directory)
         except ChatTemplateError:
             return [prompt.prompt_ids for prompt in prompts], ()
-    tokenizer = load_tokenizer(directory)
+    tokenizer = load_tokenizer(directory, needs_template=any(p.messages or p.turns for p in prompts))
     encoded = []
     for prompt in prompts:
         chat = prompt.messages or ([{"role": "user", "content": prompt.turns[0]}] if prompt.turns else None)
@@ -128,30 +131,39 @@ def _print_table(rows: list[dict]) -> None:
         ratio = speed_up(theirs, tokens, ours, tokens)
         interval = f"{ratio.ratio:.2f} [{ratio.low:.2f}, {ratio.high:.2f}]" if ratio and ratio.low else "-"
         print(f"{name:<24}  {sum(tokens) / sum(ours):>8.1f}  {interval}")
-    lengths = [row["acceptance_lengths"] for row in rows]
+    lengths = [committed_lengths(row["acceptance_lengths"], n) for row, n in zip(rows, tokens, strict=True)]
     print(f"tau {tau_over_prompts(lengths):.2f} over prompts, {tau_over_rounds(lengths):.2f} over rounds")
     for field, name in (("identical", "speculative"), ("transformers_identical", "transformers")):
         print(f"{name} text equal to plain: {sum(row[field] for row in rows)} of {len(rows)}")
 
 
+def _run(args: argparse.Namespace) -> None:
+    if args.output:
+        check_output(args.output)
+    prompts = load_prompts(args.prompts, args.limit)
+    encoded, stop_ids = _encode_all(args.target, prompts)
+    target_config, target_params = load_target(args.target, "float32")
+    draft = load_draft(args.draft, "float32")
+    check_draft_fits(draft.config, target_config)
+    draft.config.num_draft_tokens(args.block_size)
+    decoder = Decoder(target_config, target_params, draft.config, draft.params)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        decoder.check_prompt(ids, prompt.name)
+    generate = _open_transformers(args.target, stop_ids, args.torch_threads)
+    _print_table(write_rows(args.output, _measure(args, decoder, generate, encoded, stop_ids)))
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the comparison of a command line; return 0, or 2 with one sentence where it cannot be run."""
-    args = _parse(arguments)
+    args = parse_arguments(arguments)
     try:
-        prompts, stop_ids = _encode_all(args.target, load_prompts(args.prompts, args.limit))
-        target_config, target_params = load_target(args.target, "float32")
-        draft = load_draft(args.draft, "float32")
-        check_draft_fits(draft.config, target_config)
-        generate = _open_transformers(args.target, stop_ids, args.torch_threads)
+        _run(args)
     except ImportError as error:
         print(f"compare_transformers.py: {error}; install torch (pip install torch) and try again", file=sys.stderr)
         return 2
-    except (CheckpointError, ChatTemplateError, PromptError) as error:
+    except _REFUSALS as error:
         print(f"compare_transformers.py: {error}", file=sys.stderr)
         return 2
-    decoder = Decoder(target_config, target_params, draft.config, draft.params)
-    rows = write_rows(args.output, _measure(args, decoder, generate, prompts, stop_ids))
-    _print_table(rows)
     return 0
 
 

@@ -56,18 +56,22 @@ def convert(source: str, output: Path, dtype: str) -> str:
     return f"wrote the {kind} in {directory} to {output} as {chosen}"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--source", required=True, help="checkpoint directory or hub id")
     parser.add_argument("--output", required=True, type=Path, help="directory to write; created when missing")
     parser.add_argument("--dtype", default="stored", choices=("stored", *FLOAT_TYPES), help="type of the weights")
-    arguments = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 2 with one sentence where nothing could be converted."""
+    arguments = parse_arguments(argv)
     try:
         print(convert(arguments.source, arguments.output, arguments.dtype))
     except (CheckpointError, OSError) as error:
         print(f"convert_checkpoint: {error}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

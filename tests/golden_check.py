@@ -26,7 +26,7 @@ from domino_jax.models.qwen3 import Qwen3
 from domino_jax.run_config import ObjectiveConfig
 from domino_jax.training.schedule import base_weight_schedule
 from tests.golden_draft import check_backbone, check_training
-from tests.golden_files import RULE_TOLERANCE, Result, find_target, open_draft, open_target, read_json
+from tests.golden_files import RULE_TOLERANCE, Recorded, Result, find_target, open_draft, open_target, read_json
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Case:
 
 def check_target_io(root: Path, stem: str) -> Result:
     config, params = open_target(root / stem)
-    recorded = load_file(root / "target_io" / f"{stem}.safetensors")
+    recorded = Recorded(load_file(root / "target_io" / f"{stem}.safetensors"))
     model = Qwen3(config, tuple(range(config.num_hidden_layers)))
     prefixes = sorted({key.split(".")[0] for key in recorded})
     prompts = {p: recorded[f"{p}.input_ids"] for p in prefixes}
@@ -63,12 +63,16 @@ def check_target_io(root: Path, stem: str) -> Result:
         result.compare(f"{p}.logits", logits[:, :size], recorded[f"{p}.logits"])
         ends = logits[:, [size - 1, ids.shape[1] - 2]]
         result.compare(f"{p}.greedy_logits_first_last", ends, recorded[f"{p}.greedy_logits_first_last"])
+        if f"{p}.greedy_margins" in recorded:
+            second, first = np.moveaxis(np.sort(logits[:, size - 1 : ids.shape[1] - 1])[..., -2:], -1, 0)
+            result.compare(f"{p}.greedy_margins", first - second, recorded[f"{p}.greedy_margins"])
     rows = [(p, i) for p in prefixes for i in range(len(prompts[p]))]
     generations = Decoder(config, params).generate(
         [prompts[p][i].tolist() for p, i in rows], max_new_tokens=[greedy[p].shape[1] for p, _ in rows]
     )
     for (p, i), generation in zip(rows, generations, strict=True):
         result.equal(f"{p}.greedy_ids[{i}]", generation.output_ids, greedy[p][i])
+    result.all_read(recorded)
     return result
 
 
@@ -152,10 +156,10 @@ def find_cases(root: Path) -> Iterator[Case]:
 
 
 def run_case(case: Case) -> Result:
-    """Run a case; a file that cannot be used fails it instead of ending the whole check."""
+    """Run a case; whatever it raises fails it instead of ending the whole check."""
     try:
         return case.run()
-    except (KeyError, ValueError, OSError) as error:
+    except Exception as error:  # noqa: BLE001 - a judge goes through all cases; safetensors and flax raise plain ones
         return Result(float("nan"), [f"{type(error).__name__}: {error}"])
 
 
@@ -165,7 +169,6 @@ def main(arguments: list[str]) -> int:
         print("usage: python tests/golden_check.py DIR", file=sys.stderr)
         return 2
     root = Path(arguments[0]).resolve()
-    jax.config.update("jax_default_matmul_precision", "highest")
     try:
         cases = list(find_cases(root))
     except (KeyError, TypeError, ValueError, OSError) as error:
@@ -176,7 +179,8 @@ def main(arguments: list[str]) -> int:
         return 2
     num_failed = 0
     for case in cases:
-        result = run_case(case)
+        with jax.default_matmul_precision("highest"):
+            result = run_case(case)
         num_failed += bool(result.failures)
         print(f"{'FAIL' if result.failures else 'ok  '} {case.name:<40} largest error {result.error:.2e}", flush=True)
         for sentence in result.failures or []:

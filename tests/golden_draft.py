@@ -14,12 +14,14 @@ from domino_jax.checkpoints.huggingface import save_draft
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone, init_draft_cache
 from domino_jax.models.qwen3 import Qwen3, head_weight, init_target_cache, project_to_vocabulary
+from domino_jax.ops.attention import attend_blocks
 from domino_jax.training.anchors import build_blocks, find_candidates
-from domino_jax.training.loss import block_losses, compute_metrics, draft_logits, mix_losses
+from domino_jax.training.loss import LossSums, block_losses, compute_metrics, draft_logits, mix_losses
 from tests.golden_files import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     RULE_TOLERANCE,
+    Recorded,
     Result,
     find_target,
     open_draft,
@@ -29,7 +31,7 @@ from tests.golden_files import (
 
 GAMMA = 7.0  # of the recorded runs named gamma_7
 FLOAT32 = jnp.dtype("float32")
-# Names of the recorded numbers, and ours.
+# Names of the recorded numbers, and ours: metrics, and the sums they are made of.
 METRIC_NAMES = {
     "loss": "loss",
     "final_loss": "corrected_loss",
@@ -39,17 +41,26 @@ METRIC_NAMES = {
     "accept_len": "accept_len",
     "base_accept_len": "base_accept_len",
 }
+SUM_NAMES = {
+    "loss_num": "loss_num",
+    "final_num": "loss_num",
+    "base_num": "base_loss_num",
+    "loss_den": "loss_den",
+    "correct_num": "correct_num",
+    "base_correct_num": "base_correct_num",
+    "accuracy_den": "correct_den",
+    "accept_num": "accept_num",
+    "base_accept_num": "base_accept_num",
+    "accept_den": "accept_den",
+}
 
 
 def check_backbone(root: Path, name: str) -> Result:
     draft = open_draft(root / "draft" / name)
     target_config, target_params = open_target(find_target(root, name))
-    recorded = load_file(root / "backbone" / f"{name}.safetensors")
+    recorded = Recorded(load_file(root / "backbone" / f"{name}.safetensors"))
     num_rounds = len({key.split(".")[0] for key in recorded if key.startswith("round")})
-    rounds = [
-        {key.split(".", 1)[1]: value for key, value in recorded.items() if key.startswith(f"round{r}.")}
-        for r in range(num_rounds)
-    ]
+    rounds = [recorded.part(f"round{r}.") for r in range(num_rounds)]
     longest = max(data["target_hidden"].shape[1] for data in rounds)
     num_positions = rounds[-1]["cache_k_after_forward"].shape[3] + longest + 2
     verify = _jit_verify(target_config, target_params, draft.config.target_layer_ids)
@@ -81,12 +92,14 @@ def check_backbone(root: Path, name: str) -> Result:
         result.compare(f"round{r}.cache_k", keys, data["cache_k_after_forward"][..., :start, :])
         result.compare(f"round{r}.cache_v", values, data["cache_v_after_forward"][..., :start, :])
         result.equal(f"round{r}.draft_tokens", ours.pop("draft_tokens"), data["draft_tokens"])
-        for key in set(ours) & set(data):
+        for key in ours.keys() & data.keys():
             result.compare(f"round{r}.{key}", ours[key], data[key])
         features, logits, target_cache = verify(data["verify_ids"].astype(np.int32), anchor_pos, target_cache)
         logits = logits[:, : data["target_posterior"].shape[1]]
         result.compare(f"round{r}.target_verify_logits", logits, data["target_verify_logits"])
         result.equal(f"round{r}.target_posterior", logits.argmax(-1), data["target_posterior"])
+        result.all_read(data, f"round{r}.")
+    result.all_read(recorded)
     return result
 
 
@@ -143,7 +156,7 @@ def check_training(root: Path, name: str) -> Result:
     _, target_params = open_target(find_target(root, name))
     recorded = load_file(root / "train" / f"{name}.safetensors")
     runs = read_json(root / "train" / f"{name}.json")
-    data = {key: value.astype(np.int32) if value.dtype == np.int64 else value for key, value in recorded.items()}
+    data = Recorded({k: v.astype(np.int32) if v.dtype == np.int64 else v for k, v in recorded.items()})
     anchor_pos, keep = data["anchor_positions"], data["block_keep_mask"]
     length, block = data["input_ids"].shape[1], draft.config.block_size
     lengths = np.full(len(anchor_pos), length, np.int32)
@@ -167,8 +180,26 @@ def check_training(root: Path, name: str) -> Result:
     result.equal("position_ids", np.concatenate([context, offsets], axis=1), data["position_ids"])
     is_candidate = np.take_along_axis(np.asarray(find_candidates(jnp.asarray(data["loss_mask"]))), anchor_pos, axis=1)
     result.equal("anchors that are no candidates", np.sum(~is_candidate & keep), 0)
+    if "attention_mask" in data:
+        attend_mask = data["attention_mask"].reshape(*anchor_pos.shape, block, -1)
+        result.equal("attention_mask", find_attended(anchor_pos, length, block)[keep], attend_mask[keep])
     _compare_losses(result, draft, target_params, data, lengths, runs)
+    result.all_read(data)
     return result
+
+
+def find_attended(anchor_pos: np.ndarray, length: int, block: int) -> np.ndarray:
+    """Return which context positions and slots of all blocks every slot attends to, found out by attending.
+
+    All scores are equal and every position has a value of its own: what arrives has been seen.
+    """
+    batch, num_anchors = anchor_pos.shape
+    num_seen = length + num_anchors * block
+    values = jnp.broadcast_to(jnp.eye(num_seen), (batch, num_seen, num_seen))
+    slots = values[:, length:].reshape(batch, num_anchors, block, 1, num_seen)
+    zeros = jnp.zeros((batch, 1, num_seen, length))
+    seen = jax.jit(attend_blocks)(0 * slots, zeros, values[:, None, :length], 0 * slots, slots, jnp.asarray(anchor_pos))
+    return np.asarray(seen[:, :, :, 0] > 0)
 
 
 def _jit_losses(config: object, gamma: float, weight: float) -> Callable:
@@ -213,11 +244,7 @@ def _compare_losses(
             result.compare(name, ours[keep], data[name][keep][:, -ours.shape[2] :])
     for name, numbers in recorded["runs"].items():
         sums = sums_by_gamma[GAMMA if name.startswith("gamma_7") else 0.0]
-        metrics = compute_metrics(sums, numbers.get("lambda_base", 0.0))
-        for theirs, ours in METRIC_NAMES.items():
-            if theirs in numbers:
-                result.compare(f"{name} {theirs}", metrics[ours], numbers[theirs], LOSS_TOLERANCE)
-        result.compare(f"{name} accuracy_denom", sums.correct_den, numbers["accuracy_denom"], LOSS_TOLERANCE)
+        compare_numbers(result, name, sums, Recorded(numbers))
     with TemporaryDirectory() as directory:  # exported, the gradients carry the public names and layout
         save_draft(directory, draft.config, gradients, dtype="float32")
         exported = load_file(Path(directory) / "model.safetensors")
@@ -229,3 +256,17 @@ def _compare_losses(
             continue
         error = float(np.max(np.abs(ours - theirs)) / max(float(np.max(np.abs(theirs))), 1e-30))
         result.bound(f"gradient of {key}", error, GRADIENT_TOLERANCE)
+
+
+def compare_numbers(result: Result, name: str, sums: LossSums, recorded: Recorded) -> None:
+    for optional, default in (("lambda_base", 0.0), ("terms", {})):
+        recorded.setdefault(optional, default)
+    metrics = compute_metrics(sums, recorded["lambda_base"])
+    terms = Recorded(recorded["terms"])
+    for theirs in METRIC_NAMES.keys() & recorded.keys():
+        result.compare(f"{name} {theirs}", metrics[METRIC_NAMES[theirs]], recorded[theirs], LOSS_TOLERANCE)
+    for theirs in SUM_NAMES.keys() & terms.keys():
+        result.compare(f"{name} terms.{theirs}", getattr(sums, SUM_NAMES[theirs]), terms[theirs], LOSS_TOLERANCE)
+    result.compare(f"{name} accuracy_denom", sums.correct_den, recorded["accuracy_denom"], LOSS_TOLERANCE)
+    result.all_read(recorded, f"{name} ")
+    result.all_read(terms, f"{name} terms.")

@@ -1,9 +1,11 @@
 """What all golden cases share: tolerances, how numbers are compared, how recorded files are opened."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +22,25 @@ RULE_TOLERANCE = 1e-7
 
 class LayoutError(ValueError):
     """A directory that does not hold what a case needs."""
+
+
+class Recorded(dict[str, Any]):
+    """Recorded values by name, and those of them that nothing has read yet.
+
+    What nothing reads is compared with nothing: a case ends with `Result.all_read`.
+    """
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.unread = set(values)
+
+    def __getitem__(self, name: str) -> Any:
+        self.unread.discard(name)
+        return super().__getitem__(name)
+
+    def part(self, prefix: str) -> "Recorded":
+        """Take the values whose names begin with `prefix`, named without it."""
+        return Recorded({name.removeprefix(prefix): self[name] for name in list(self) if name.startswith(prefix)})
 
 
 @dataclass
@@ -54,6 +75,10 @@ class Result:
         elif not np.array_equal(ours, recorded):
             at = tuple(int(i) for i in np.argwhere(ours != recorded)[0])
             self.fail(f"{name} differs, first at {at}: {ours[at]}, recorded {recorded[at]}")
+
+    def all_read(self, recorded: Recorded, prefix: str = "") -> None:
+        for name in sorted(recorded.unread):
+            self.fail(f"{prefix}{name} is recorded, but nothing here is compared with it")
 
     def fail(self, sentence: str) -> None:
         self.failures = [*(self.failures or []), sentence]

@@ -1,5 +1,6 @@
 """The README's commands and paths exist and parse; `.ci/run` reads the commands from there."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -54,6 +55,28 @@ def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
     assert len(commands) >= 4
     for command in commands:
         assert parse_config(shlex.split(command)[2:]).name
+
+
+def load_program(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("page", "programs"),
+    [
+        ("README.md", {"bench.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
+        ("benchmarks/README.md", {"scripts/compare_transformers.py"}),
+    ],
+)
+def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
+    commands = [shlex.split(c) for c in shell_commands((repository / page).read_text(encoding="utf-8"))]
+    commands = [words[1:] for words in commands if words[:1] == ["python"] and words[1] != "train.py"]
+    assert {program for program, *_ in commands} == programs
+    for program, *arguments in commands:
+        load_program(repository / program).parse_arguments(arguments)  # ends the test where an option is unknown
 
 
 def test_paths_in_the_text_exist(repository, readme):

@@ -33,11 +33,12 @@ class ChatTemplateError(ValueError):
     """A tokenizer or template that cannot render a chat; the message says what is missing and what to do."""
 
 
-def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(path_or_id: str, needs_template: bool = True) -> PreTrainedTokenizerBase:
     """Load the fast tokenizer of a Hugging Face directory or hub id; code of the checkpoint is never run.
 
     Raises:
-        ChatTemplateError: no tokenizer files, a tokenizer that needs its own code, no fast form, or no chat template.
+        ChatTemplateError: no tokenizer files, a tokenizer that needs its own code, no fast form, or no chat template
+            although `needs_template`.
     """
     directory = Path(path_or_id)
     if directory.is_dir() and not any((directory / name).is_file() for name in _TOKENIZER_FILES):
@@ -52,7 +53,10 @@ def load_tokenizer(path_or_id: str) -> PreTrainedTokenizerBase:
             f"no tokenizer could be loaded from {path_or_id!r}: {error}; give a directory with tokenizer.json or a "
             "reachable hub id (tokenizers that need trust_remote_code are refused)"
         ) from error
-    _require_chat(tokenizer)
+    if needs_template:
+        _require_chat(tokenizer)
+    else:
+        _require_fast(tokenizer)
     return tokenizer
 
 
@@ -105,13 +109,16 @@ def renders_as_written(
     return _render(tokenizer, chat, enable_thinking, add_generation_prompt=False).startswith(prompt + answer)
 
 
-def find_stop_ids(tokenizer: PreTrainedTokenizerBase, path_or_id: str | None = None) -> tuple[int, ...]:
+def find_stop_ids(tokenizer: PreTrainedTokenizerBase | None, path_or_id: str | None = None) -> tuple[int, ...]:
     """Return the ids that end a generation, ascending: the tokenizer's end token and `generation_config.json`'s.
 
+    Without a tokenizer there may be none.
+
     Raises:
-        ChatTemplateError: `generation_config.json` cannot be read or holds something else than ids, or no id is found.
+        ChatTemplateError: `generation_config.json` cannot be read or holds something else than ids, or a tokenizer is
+            given and no id is found.
     """
-    stop_ids = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    stop_ids = set() if tokenizer is None or tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     config_path = _find_generation_config(path_or_id) if path_or_id else None
     if config_path is not None:
         try:
@@ -122,8 +129,11 @@ def find_stop_ids(tokenizer: PreTrainedTokenizerBase, path_or_id: str | None = N
         if not all(isinstance(i, int) and not isinstance(i, bool) for i in configured):
             raise ChatTemplateError(f"{config_path}: eos_token_id is {configured!r}; it must be an id or a list of ids")
         stop_ids.update(configured)
-    if not stop_ids:
-        raise ChatTemplateError("no stop id: the tokenizer has no eos_token and no generation_config.json names one")
+    if tokenizer is not None and not stop_ids:
+        raise ChatTemplateError(
+            "no stop id: the tokenizer has no eos_token and no generation_config.json names one; add eos_token to "
+            "tokenizer_config.json"
+        )
     return tuple(sorted(stop_ids))
 
 
@@ -156,9 +166,13 @@ def find_mask_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     return int(mask_id)
 
 
-def _require_chat(tokenizer: PreTrainedTokenizerBase) -> str:
+def _require_fast(tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.is_fast:
         raise ChatTemplateError(f"{type(tokenizer).__name__} is not a fast tokenizer; save it with tokenizer.json")
+
+
+def _require_chat(tokenizer: PreTrainedTokenizerBase) -> str:
+    _require_fast(tokenizer)
     if not tokenizer.chat_template:
         raise ChatTemplateError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the chat version of the model or add "

@@ -105,21 +105,29 @@ class Decoder:
         self.last_timings = Timings(prefill_s, decode_s)
         return results
 
-    def _check_prompts(self, prompts: Sequence[Sequence[int]], budgets: list[int]) -> None:
+    def check_prompt(self, prompt: Sequence[int], name: str) -> None:
+        """Refuse a prompt that cannot be decoded; the message calls it `name`.
+
+        Raises:
+            DecodingError: it is empty, holds an id outside the vocabulary or fills the context.
+        """
         target = self.settings.target
+        if len(prompt) == 0:
+            raise DecodingError(f"{name} is empty; give at least one token id")
+        wrong = [t for t in prompt if not 0 <= t < target.vocab_size]
+        if wrong:
+            raise DecodingError(
+                f"{name} holds token id {wrong[0]}; the vocabulary has ids 0 .. {target.vocab_size - 1}"
+            )
+        if len(prompt) >= target.max_position_embeddings:
+            raise DecodingError(
+                f"{name} has {len(prompt)} tokens; the model's context holds {target.max_position_embeddings}, "
+                "and a new token needs one of them"
+            )
+
+    def _check_prompts(self, prompts: Sequence[Sequence[int]], budgets: list[int]) -> None:
         for i, (prompt, budget) in enumerate(zip(prompts, budgets, strict=True)):
-            if len(prompt) == 0:
-                raise DecodingError(f"prompt {i} is empty; give at least one token id")
-            wrong = [t for t in prompt if not 0 <= t < target.vocab_size]
-            if wrong:
-                raise DecodingError(
-                    f"prompt {i} holds token id {wrong[0]}; the vocabulary has ids 0 .. {target.vocab_size - 1}"
-                )
-            if len(prompt) >= target.max_position_embeddings:
-                raise DecodingError(
-                    f"prompt {i} has {len(prompt)} tokens; the model's context holds {target.max_position_embeddings}, "
-                    "and a new token needs one of them"
-                )
+            self.check_prompt(prompt, f"prompt {i}")
             if budget < 1:
                 raise DecodingError(f"max_new_tokens of prompt {i} is {budget}; it must be 1 or more")
 

@@ -25,7 +25,7 @@ from domino_jax.models.qwen3 import Qwen3
 from domino_jax.records import Generation
 
 ROW_FIELDS = {
-    "prompt_index": "place in the prompt file",
+    "prompt_index": "place among the prompts, the first is 0",
     "turn": "0, or the turn of a chat whose answers are generated one after the other",
     "batch_id": "prompts of one id were decoded together and share its seconds by their tokens",
     "prompt_ids": "the prompt as decoded",
@@ -43,13 +43,29 @@ ROW_FIELDS = {
     "identical": "whether both loops wrote the same; null where that is not promised (rejection) or not measured",
     "first_difference": "place of the first differing new token; null where there is none",
     "target_margin": "at that place, how far the target's logits of the two tokens are apart (greedy only)",
+    "seed": "of this prompt",
+    "target": "the target as it was named",
+    "draft": "the drafter as it was named; null without one",
+    "dtype": "type of weights, activations and caches",
+    "rule": "acceptance above temperature 0: seed-exact or rejection",
+    "block_size": "slots of a block; 1 is plain decoding",
+    "use_head": "whether a head corrected the drafts",
+    "batch_size": "prompts decoded together, at most",
+    "repeats": "timed runs of each loop; seconds are their median",
+    "stop_ids": "token ids that end a text",
     "max_new_tokens": "token budget",
     "temperature": "0 is greedy",
-    "seed": "of this prompt",
+    "top_k": "0 keeps all",
+    "top_p": "1 keeps all",
+    "min_p": "0 keeps all",
 }
 """Fields of a row and what they hold."""
 
 _MAX_ATTEMPTS = 3
+
+
+class OutputError(ValueError):
+    """A place where rows cannot be written; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ class BenchmarkSettings:
         block_size: None: as trained.
         use_head: False drafts from the base logits alone.
         repeats: timed runs of each loop on each batch; the median counts.
+        target: what the rows call the target.
+        draft: what the rows call the drafter.
     """
 
     max_new_tokens: int
@@ -71,6 +89,8 @@ class BenchmarkSettings:
     use_head: bool = True
     batch_size: int = 1
     repeats: int = 1
+    target: str | None = None
+    draft: str | None = None
 
 
 @dataclass(frozen=True)
@@ -115,14 +135,29 @@ class _Run:
 def measure(
     decoder: Decoder, prompts: Sequence[Prompt], settings: BenchmarkSettings, codec: TextCodec | None
 ) -> Iterator[Row]:
-    """Yield one row a decoded prompt, in the order in which batches finish.
+    """Check all prompts, then return one row a decoded prompt, each when asked for, as batches finish.
 
     A prompt of several turns gives one row a turn; the answer that goes on is the speculative one.
 
     Raises:
         PromptError: a prompt of text or messages although there is no tokenizer.
+        DecodingError: a prompt that is empty, holds an id outside the vocabulary or fills the context.
     """
-    pending = [(i, 0, _encode(prompt, codec, i), _first_messages(prompt)) for i, prompt in enumerate(prompts)]
+    pending = []
+    for i, prompt in enumerate(prompts):
+        ids = _encode(prompt, codec, i)
+        decoder.check_prompt(ids, _name(prompt, i))
+        pending.append((i, 0, ids, _first_messages(prompt)))
+    return _measure_pending(decoder, prompts, settings, codec, pending)
+
+
+def _measure_pending(
+    decoder: Decoder,
+    prompts: Sequence[Prompt],
+    settings: BenchmarkSettings,
+    codec: TextCodec | None,
+    pending: list[tuple[int, int, list[int], list[dict[str, Any]]]],
+) -> Iterator[Row]:
     num_batches = 0
     while pending:
         batch, pending = pending[: settings.batch_size], pending[settings.batch_size :]
@@ -135,8 +170,14 @@ def measure(
             turns = prompts[i].turns or []
             if turn + 1 < len(turns) and codec:
                 chat = [*messages, {"role": "assistant", "content": text}, {"role": "user", "content": turns[turn + 1]}]
-                following.append((i, turn + 1, codec.encode_chat(chat), chat))
+                ids = codec.encode_chat(chat)
+                decoder.check_prompt(ids, f"{_name(prompts[i], i)}, turn {turn + 2},")
+                following.append((i, turn + 1, ids, chat))
         pending = following + pending
+
+
+def _name(prompt: Prompt, index: int) -> str:
+    return prompt.name or f"prompt {index + 1}"
 
 
 def _first_messages(prompt: Prompt) -> list[dict[str, Any]]:
@@ -148,11 +189,33 @@ def _encode(prompt: Prompt, codec: TextCodec | None, index: int) -> list[int]:
         return prompt.prompt_ids
     if codec is None:
         raise PromptError(
-            f"prompt {index + 1} is text but the target has no tokenizer; put one beside its weights or give prompt_ids"
+            f"{_name(prompt, index)} is text but the target has no tokenizer; put one beside its weights or give "
+            "prompt_ids"
         )
     if prompt.text is not None:
         return codec.encode_text(prompt.text)
     return codec.encode_chat(prompt.messages or _first_messages(prompt))
+
+
+def shared_fields(decoder: Decoder, settings: BenchmarkSettings) -> Row:
+    """Return what all rows of a run have in common: the settings, as they are resolved for this decoder."""
+    draft, sampling = decoder.settings.draft, settings.sampling
+    return {
+        "target": settings.target,
+        "draft": settings.draft,
+        "dtype": decoder.settings.dtype,
+        "rule": settings.rule,
+        "block_size": 1 if draft is None else settings.block_size or draft.block_size,
+        "use_head": settings.use_head and draft is not None and draft.has_head,
+        "batch_size": settings.batch_size,
+        "repeats": settings.repeats,
+        "stop_ids": list(settings.stop_ids),
+        "max_new_tokens": settings.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+    }
 
 
 def _measure_batch(
@@ -173,11 +236,12 @@ def _measure_batch(
         plain = plain_runs[0].generations[row]
         chosen = speculative_runs[0].generations[row] if is_speculative else plain
         rows.append(
-            _make_row(chosen, plain, settings, sampling[row], is_speculative)
-            | {"batch_id": batch_id}
+            _make_row(chosen, plain, settings, is_speculative)
+            | {"batch_id": batch_id, "seed": sampling[row].seed}
             | _shared_seconds(plain_runs, row, "plain_")
             | (_shared_seconds(speculative_runs, row, "") if is_speculative else {"decode_s": None, "prefill_s": None})
             | _compare(decoder, chosen, plain, settings, is_speculative)
+            | shared_fields(decoder, settings)
         )
     return rows
 
@@ -217,9 +281,7 @@ def _shared_seconds(runs: list[_Run], row: int, prefix: str) -> dict[str, float]
     }
 
 
-def _make_row(
-    chosen: Generation, plain: Generation, settings: BenchmarkSettings, sampling: SamplingConfig, is_speculative: bool
-) -> Row:
+def _make_row(chosen: Generation, plain: Generation, settings: BenchmarkSettings, is_speculative: bool) -> Row:
     lengths = chosen.stats.acceptance_lengths
     if settings.block_size == 1:
         lengths = [1] * decoded_tokens(chosen.output_ids)  # plain decoding: a round is a token
@@ -231,9 +293,6 @@ def _make_row(
         "num_draft_tokens": chosen.stats.num_draft_tokens,
         "token_sources": chosen.token_sources,
         "finish_reason": chosen.finish_reason,
-        "max_new_tokens": settings.max_new_tokens,
-        "temperature": sampling.temperature,
-        "seed": sampling.seed,
     }
 
 
@@ -263,6 +322,22 @@ def _target_margin(decoder: Decoder, chosen: Generation, plain: Generation, plac
     hidden = target.apply(variables, ids).hidden[0, -1]
     logits = target.apply(variables, hidden, method=Qwen3.logits)
     return float(jnp.abs(logits[plain.output_ids[place]] - logits[chosen.output_ids[place]]))
+
+
+def check_output(path: Path) -> None:
+    """Refuse a path that `write_rows` could not write, before anything is measured for it.
+
+    Raises:
+        OutputError: it is a directory or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        existed = path.exists()
+        path.open("a").close()
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise OutputError(f"rows cannot be written to {path} ({error}); give a file where you may write") from error
 
 
 def write_rows(path: Path | None, rows: Iterable[Row]) -> list[Row]:

@@ -7,11 +7,17 @@ Source: counts as in Domino (arXiv 2605.29707); data sets, fields and wording of
 of z-lab/dflash, which jianuo-huang/Domino uses too (drawn with `shuffle(seed=0)` where a set is larger than its count).
 """
 
+import codecs
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+# The hub's HTTP library differs by version (httpx or a successor), and its connection errors are no OSError.
+_FETCH_ERRORS = (OSError, ValueError, RuntimeError, *HfHubHTTPError.__bases__)
 
 
 class PromptError(ValueError):
@@ -20,19 +26,21 @@ class PromptError(ValueError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt; exactly one of the fields is set.
+    """One prompt; exactly one of the first four fields is set.
 
     Attributes:
         text: text to be continued as it stands, without a chat template.
         messages: a chat that ends with a user's turn.
         prompt_ids: token ids, taken as they are.
         turns: user turns of a chat whose answers are generated one after the other.
+        name: where it comes from, for messages: file and line, or set and number; prompts are equal without it.
     """
 
     text: str | None = None
     messages: list[dict[str, Any]] | None = None
     prompt_ids: list[int] | None = None
     turns: list[str] | None = None
+    name: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -131,27 +139,30 @@ def load_prompts(path_or_name: str, limit: int | None = None) -> list[Prompt]:
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Return the prompts of a JSONL file; empty lines are skipped.
+    """Return the prompts of a JSONL file in UTF-8, with or without a byte order mark; empty lines are skipped.
 
     Raises:
-        PromptError: a line that is not one of the three forms; the message names file and line.
+        PromptError: a line that is not one of the three forms or not text; the message names file and line.
     """
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
         raise PromptError(f"cannot read {path}: {error}") from error
     for number, line in enumerate(lines, start=1):
         if line.strip():
+            name = f"{path}, line {number}"
             try:
-                prompts.append(_parse_line(line))
+                prompts.append(_parse_line(line, name))
+            except UnicodeDecodeError as error:
+                raise PromptError(f"{name}: {error}; save the file as UTF-8") from error
             except ValueError as error:
-                raise PromptError(f"{path}, line {number}: {error}") from error
+                raise PromptError(f"{name}: {error}") from error
     return prompts
 
 
-def _parse_line(line: str) -> Prompt:
-    row = json.loads(line)
+def _parse_line(line: bytes, name: str) -> Prompt:
+    row = json.loads(line.decode("utf-8"))
     forms = '{"prompt": str}, {"messages": [...]} or {"prompt_ids": [int]}'
     if not isinstance(row, dict):
         raise ValueError(f"a {type(row).__name__}; a line must be {forms}")
@@ -162,15 +173,26 @@ def _parse_line(line: str) -> Prompt:
     if given == ["prompt"]:
         if not isinstance(value, str) or not value:
             raise ValueError("prompt must be a text that is not empty")
-        return Prompt(text=value)
+        _check_text("prompt", value)
+        return Prompt(text=value, name=name)
     if not isinstance(value, list) or not value:
         raise ValueError(f"{given[0]} must be a list that is not empty")
     if given == ["prompt_ids"]:
         if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in value):
             raise ValueError("prompt_ids must hold token ids: integers of 0 or more")
-        return Prompt(prompt_ids=value)
+        return Prompt(prompt_ids=value, name=name)
     _check_messages(value)
-    return Prompt(messages=value)
+    return Prompt(messages=value, name=name)
+
+
+def _check_text(where: str, text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(
+            f"{where} holds {half}, half of a surrogate pair; write both halves, or the character"
+        ) from error
 
 
 def _check_messages(messages: list[Any]) -> None:
@@ -179,6 +201,7 @@ def _check_messages(messages: list[Any]) -> None:
             raise ValueError(f"message {i} must be an object with a text as its content")
         if message.get("role") not in ("system", "user", "assistant", "tool"):
             raise ValueError(f"message {i} has role {message.get('role')!r}; allowed: system, user, assistant, tool")
+        _check_text(f"message {i}", json.dumps(message, ensure_ascii=False))
     if messages[-1]["role"] == "assistant":
         raise ValueError("the last message is the assistant's; end with the turn that is to be answered")
 
@@ -195,7 +218,7 @@ def _load_set(name: str) -> list[Prompt]:
     arguments, options = prompt_set.load
     try:
         rows = datasets.load_dataset(*arguments, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except _FETCH_ERRORS as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise PromptError(
             f"the set {name!r} could not be fetched ({first_line}); it needs a reachable Hugging Face hub or a cache; "
@@ -203,4 +226,4 @@ def _load_set(name: str) -> list[Prompt]:
         ) from error
     if len(rows) > prompt_set.num_prompts:
         rows = rows.shuffle(seed=0).select(range(prompt_set.num_prompts))
-    return [Prompt(turns=prompt_set.to_turns(row)) for row in rows]
+    return [Prompt(turns=prompt_set.to_turns(row), name=f"{name}, prompt {i}") for i, row in enumerate(rows, start=1)]

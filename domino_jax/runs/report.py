@@ -54,7 +54,13 @@ class _Subject:
 
     def measure(self, name: str, prompts: Sequence[list[int]], **settings: Any) -> list[Row]:
         """Decode `prompts` with both loops, keep the rows under `name` and return them."""
-        benchmark = BenchmarkSettings(self.held_out.max_new_tokens, stop_ids=self.held_out.stop_ids, **settings)
+        benchmark = BenchmarkSettings(
+            self.held_out.max_new_tokens,
+            stop_ids=self.held_out.stop_ids,
+            target=self.target.path,
+            draft=str(self.folder.best_draft),
+            **settings,
+        )
         rows = measure(self.decoder, [Prompt(prompt_ids=ids) for ids in prompts], benchmark, None)
         return write_rows(self.folder.report / f"rows_{name}.jsonl", self._show(name, rows, len(prompts)))
 

@@ -43,8 +43,8 @@ def test_type_is_chosen_and_unknown_fields_stay(golden_dir: Path, tmp_path: Path
 
 
 def test_errors_are_sentences(golden_dir: Path, tmp_path: Path, run_script, capsys) -> None:
-    assert run_script(["--source", str(tmp_path), "--output", str(tmp_path / "out")]) == 1
+    assert run_script(["--source", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert "convert_checkpoint: cannot read" in capsys.readouterr().err
     target = str(golden_dir / "target")
-    assert run_script(["--source", target, "--output", target]) == 1
+    assert run_script(["--source", target, "--output", target]) == 2
     assert "is the source itself; give another directory" in capsys.readouterr().err

@@ -261,6 +261,7 @@ def test_load_tokenizer(tmp_path) -> None:
     make_tokenizer(None).save_pretrained(str(tmp_path / "base"))
     with pytest.raises(ChatTemplateError, match="no chat template"):
         load_tokenizer(str(tmp_path / "base"))
+    assert load_tokenizer(str(tmp_path / "base"), needs_template=False).chat_template is None
 
 
 def test_load_tokenizer_never_runs_code(tmp_path) -> None:
@@ -279,11 +280,13 @@ def test_load_tokenizer_never_runs_code(tmp_path) -> None:
 
 def test_stop_ids(tmp_path) -> None:
     tokenizer = TOKENIZERS["tags"]
+    assert find_stop_ids(None, str(tmp_path)) == ()
     assert find_stop_ids(tokenizer) == (2,)
     assert find_stop_ids(tokenizer, str(tmp_path)) == (2,)
     config = tmp_path / "generation_config.json"
     config.write_text('{"eos_token_id": [2, 0]}')
     assert find_stop_ids(tokenizer, str(tmp_path)) == (0, 2)
+    assert find_stop_ids(None, str(tmp_path)) == (0, 2)
     config.write_text('{"eos_token_id": 1}')
     assert find_stop_ids(tokenizer, str(tmp_path)) == (1, 2)
     config.write_text('{"eos_token_id": "x"}')

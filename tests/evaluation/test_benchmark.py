@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
-from domino_jax.decoding.generate import Decoder
+from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.evaluation import benchmark, metrics
 from domino_jax.evaluation.benchmark import BenchmarkSettings, TextCodec
 from domino_jax.evaluation.prompts import Prompt, PromptError
@@ -86,8 +86,21 @@ def test_turns_go_on_from_the_answer(decoder):
 
 
 def test_text_needs_a_tokenizer(decoder):
-    with pytest.raises(PromptError, match="no tokenizer"):
-        list(benchmark.measure(decoder, [Prompt(text="a")], BenchmarkSettings(2), None))
+    with pytest.raises(PromptError, match=r"prompt 1 is text .* no tokenizer"):
+        benchmark.measure(decoder, [Prompt(text="a")], BenchmarkSettings(2), None)
+
+
+def test_a_wrong_prompt_is_named_before_any_is_decoded(decoder):
+    with pytest.raises(DecodingError, match="prompt 2 is empty"):
+        benchmark.measure(decoder, [Prompt(prompt_ids=[1]), Prompt(prompt_ids=[])], BenchmarkSettings(2), None)
+
+
+def test_a_later_turn_is_named_by_its_prompt(decoder):
+    codec = TextCodec(lambda text: [1], lambda messages: [] if len(messages) > 1 else [1], lambda ids: "answer")
+    prompts = [Prompt(turns=["one", "two"], name="mt-bench, prompt 1")]
+    rows = benchmark.measure(decoder, prompts, BenchmarkSettings(max_new_tokens=3, batch_size=2), codec)
+    with pytest.raises(DecodingError, match="mt-bench, prompt 1, turn 2, is empty"):
+        list(rows)
 
 
 def run_bench(*arguments):
