@@ -245,12 +245,12 @@ class CorpusConfig:
     num_key_value_heads: int = 2
     head_dim: int = 64
     rope_theta: float = 10_000.0
-    bucket_widths: tuple[int, ...] = (64, 96, 128, 176)
-    tokens_per_batch: int = 2048
-    target_steps: int = 400
-    target_learning_rate: float = 1.5e-3
+    bucket_widths: tuple[int, ...] = (48, 64, 80, 100, 144)
+    tokens_per_batch: int = 1024
+    target_steps: int = 750
+    target_learning_rate: float = 8e-4
     response_batch_size: int = 64
-    response_max_new_tokens: int = 128
+    response_max_new_tokens: int = 112
 
     def __post_init__(self) -> None:
         require_positive(

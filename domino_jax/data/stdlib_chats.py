@@ -74,49 +74,37 @@ def _parameters(text: str) -> list[tuple[str, str | None]]:
 
 def _solve_docs(text: str) -> str:
     lines = [
-        f"    {name}: " + ("Required argument, no default." if d is None else f"Optional argument, default {d}.")
-        for name, d in _parameters(text)
+        f"    {name}: " + ("Required argument." if default is None else f"Optional argument, default {default}.")
+        for name, default in _parameters(text)
     ]
     return "\n".join([f'"""Summary of {_parse_signature(text).name}.', "", "Args:", *lines, '"""'])
 
 
 def _solve_parser(text: str) -> str:
     lines = [
-        f'parser.add_argument("--{name}", ' + ("required=True)" if d is None else f"required=False, default={d})")
-        for name, d in _parameters(text)
+        f'parser.add_argument("--{name}"' + (")" if default is None else f", default={default})")
+        for name, default in _parameters(text)
     ]
-    start = f'parser = argparse.ArgumentParser(prog="{_parse_signature(text).name}")'
+    start = f'parser = argparse.ArgumentParser("{_parse_signature(text).name}")'
     return "\n".join([start, *lines, "options = parser.parse_args()"])
 
 
 def _solve_fields(text: str) -> str:
     lines = [
-        f"    {name}: object = dataclasses.field(" + (")" if d is None else f"default={d})")
-        for name, d in _parameters(text)
+        f"    {name}: object = dataclasses.field(" + (")" if default is None else f"default={default})")
+        for name, default in _parameters(text)
     ]
     start = f"class {_parse_signature(text).name}_options:"
     return "\n".join(["@dataclasses.dataclass(frozen=True)", start, *lines])
 
 
-def _solve_properties(text: str) -> str:
+def _solve_getters(text: str) -> str:
     names = [name for name, _ in _parameters(text) if name != "self"]
-    return "\n\n".join(f'@property\ndef {name}(self):\n    return self._values["{name}"]' for name in names)
+    return "\n".join(f"def get_{name}(self): return self.{name}" for name in names)
 
 
-_JSON_TYPES = {bool: "boolean", int: "integer", str: "string", type(None): "null"}
-
-
-def _solve_schema(text: str) -> str:
-    properties = {
-        key: {"type": _JSON_TYPES[type(value)], "default": value} for key, value in ast.literal_eval(text).items()
-    }
-    lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in properties.items())
-    return f'{{"type": "object", "properties": {{\n{lines}\n}}}}'
-
-
-def _solve_tests(text: str) -> str:
-    pairs = ast.literal_eval(text).items()
-    return "\n".join(f'self.assertEqual(result["{key}"], {value!r})' for key, value in pairs)
+def _solve_json(text: str) -> str:
+    return json.dumps(ast.literal_eval(text), indent=4)
 
 
 @dataclass(frozen=True)
@@ -138,9 +126,8 @@ TASKS = {
     "docs": Task("Docstring:", "signature", _solve_docs),
     "parser": Task("Argument parser:", "signature", _solve_parser),
     "fields": Task("Dataclass:", "signature", _solve_fields),
-    "properties": Task("Properties:", "constructor", _solve_properties),
-    "schema": Task("JSON schema:", "dictionary", _solve_schema),
-    "tests": Task("Tests:", "dictionary", _solve_tests),
+    "getters": Task("Getters:", "constructor", _solve_getters),
+    "json": Task("JSON:", "dictionary", _solve_json),
 }
 """Rewrites by name. The answer of each is a function of the prompt's text alone."""
 

@@ -21,6 +21,7 @@ from domino_jax.evaluation.metrics import (
     acceptance_by_slot,
     committed_lengths,
     decoded_tokens,
+    repeated_ngram_share,
     summarise,
     tau_over_prompts,
 )
@@ -118,6 +119,7 @@ def _report_text(subject: _Subject, metrics: list[dict[str, Any]]) -> str:
         f"{subject.held_out.max_new_tokens} new tokens each. Rows: `rows_*.jsonl`; settings: `../config.json`.",
         "## Text and acceptance",
         render_table([_quality_row(subject, "greedy", greedy), _quality_row(subject, "T = 0.7", sampled)]),
+        *_reference_sentences(subject),
         _head_sentence(summarise(greedy), head_off),
         "## Speed at batch 1, greedy",
         render_table(widths),
@@ -141,6 +143,15 @@ def _quality_row(subject: _Subject, name: str, rows: list[Row]) -> dict[str, Any
         "tau (prompts)": table["tau_prompts"],
         "tau (rounds)": table["tau_rounds"],
     }
+
+
+def _reference_sentences(subject: _Subject) -> list[str]:
+    """Say how much the right answers repeat themselves: text that repeats is easy to draft."""
+    if not subject.chats:
+        return []
+    encode = subject.target.tokenizer
+    shares = [repeated_ngram_share(encode(chat.messages[-1]["content"])["input_ids"]) for chat in subject.chats]
+    return [f"Repeated 4-grams in the right answers themselves: {sum(shares) / len(shares):.3g}."]
 
 
 def _exact_match(subject: _Subject, rows: list[Row], field: str) -> float | None:

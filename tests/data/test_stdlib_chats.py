@@ -54,34 +54,28 @@ def _names_of(material):
 
 def _names_in(task, answer):
     """Return the names an answer is about, found by reading it as the program it claims to be."""
-    if task == "schema":
-        return list(json.loads(answer)["properties"])
-    nodes = list(ast.walk(ast.parse(answer)))
+    if task == "json":
+        return list(json.loads(answer))
     if task == "docs":
         lines = ast.literal_eval(answer).splitlines()[3:]
         return [line.split(":")[0].strip() for line in lines if line.strip()]
+    nodes = list(ast.walk(ast.parse(answer)))
     if task == "parser":
         calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
         return [call.args[0].value.removeprefix("--") for call in calls]
     if task == "fields":
         return [n.target.id for n in nodes if isinstance(n, ast.AnnAssign)]
-    if task == "properties":
-        return [n.name for n in nodes if isinstance(n, ast.FunctionDef)]
-    return [n.slice.value for n in nodes if isinstance(n, ast.Subscript)]
+    names = [n.name.removeprefix("get_") for n in nodes if isinstance(n, ast.FunctionDef)]
+    assert names == [n.attr for n in nodes if isinstance(n, ast.Attribute)]
+    return names
 
 
 def test_answers_mean_what_they_should(split):
     for chat in split.train:
         material, answer = chat.messages[0]["content"].split("\n", 1)[1], chat.messages[1]["content"]
         assert sorted(_names_in(chat.task, answer)) == sorted(_names_of(material)), chat
-
-
-def test_a_schema_holds_the_dictionary(split):
-    for chat in split.train:
-        if chat.task == "schema":
-            properties = json.loads(chat.messages[1]["content"])["properties"]
-            material = ast.literal_eval(chat.messages[0]["content"].split("\n", 1)[1])
-            assert {name: value["default"] for name, value in properties.items()} == material
+        if chat.task == "json":
+            assert json.loads(answer) == ast.literal_eval(material)
 
 
 @pytest.mark.parametrize(
@@ -90,14 +84,13 @@ def test_a_schema_holds_the_dictionary(split):
         (
             "docs",
             "def f(a_b, c=-1)",
-            '"""Summary of f.\n\nArgs:\n    a_b: Required argument, no default.\n'
-            '    c: Optional argument, default -1.\n"""',
+            '"""Summary of f.\n\nArgs:\n    a_b: Required argument.\n    c: Optional argument, default -1.\n"""',
         ),
         (
             "parser",
             "def serve(host, *, port=80)",
-            'parser = argparse.ArgumentParser(prog="serve")\nparser.add_argument("--host", required=True)\n'
-            'parser.add_argument("--port", required=False, default=80)\noptions = parser.parse_args()',
+            'parser = argparse.ArgumentParser("serve")\nparser.add_argument("--host")\n'
+            'parser.add_argument("--port", default=80)\noptions = parser.parse_args()',
         ),
         (
             "fields",
@@ -106,22 +99,14 @@ def test_a_schema_holds_the_dictionary(split):
             "    port: object = dataclasses.field(default=80)",
         ),
         (
-            "properties",
+            "getters",
             "def __init__(self, host, *, port=80)",
-            '@property\ndef host(self):\n    return self._values["host"]\n\n'
-            '@property\ndef port(self):\n    return self._values["port"]',
+            "def get_host(self): return self.host\ndef get_port(self): return self.port",
         ),
         (
-            "schema",
+            "json",
             "{'a': None, 'b': True, 'c': 'x', 'd': 2}",
-            '{"type": "object", "properties": {\n    "a": {"type": "null", "default": null},\n'
-            '    "b": {"type": "boolean", "default": true},\n    "c": {"type": "string", "default": "x"},\n'
-            '    "d": {"type": "integer", "default": 2}\n}}',
-        ),
-        (
-            "tests",
-            "{'a': None, 'b': 'x'}",
-            'self.assertEqual(result["a"], None)\nself.assertEqual(result["b"], \'x\')',
+            '{\n    "a": null,\n    "b": true,\n    "c": "x",\n    "d": 2\n}',
         ),
     ],
 )
