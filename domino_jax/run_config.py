@@ -247,7 +247,7 @@ class CorpusConfig:
     rope_theta: float = 10_000.0
     bucket_widths: tuple[int, ...] = (48, 64, 80, 100, 144)
     tokens_per_batch: int = 1024
-    target_steps: int = 750
+    target_steps: int = 850
     target_learning_rate: float = 8e-4
     response_batch_size: int = 64
     response_max_new_tokens: int = 112

@@ -80,13 +80,12 @@ def _solve_docs(text: str) -> str:
     return "\n".join([f'"""Summary of {_parse_signature(text).name}.', "", "Args:", *lines, '"""'])
 
 
-def _solve_parser(text: str) -> str:
+def _solve_call(text: str) -> str:
     lines = [
-        f'parser.add_argument("--{name}"' + (")" if default is None else f", default={default})")
+        f"    {name}=get_value(" + ("required=True)," if default is None else f"default={default}),")
         for name, default in _parameters(text)
     ]
-    start = f'parser = argparse.ArgumentParser("{_parse_signature(text).name}")'
-    return "\n".join([start, *lines, "options = parser.parse_args()"])
+    return "\n".join([f"{_parse_signature(text).name}(", *lines, ")"])
 
 
 def _solve_fields(text: str) -> str:
@@ -98,9 +97,9 @@ def _solve_fields(text: str) -> str:
     return "\n".join(["@dataclasses.dataclass(frozen=True)", start, *lines])
 
 
-def _solve_getters(text: str) -> str:
-    names = [name for name, _ in _parameters(text) if name != "self"]
-    return "\n".join(f"def get_{name}(self): return self.{name}" for name in names)
+def _solve_enum(text: str) -> str:
+    lines = [f"    {name} = enum.auto()" for name, _ in _parameters(text) if name != "self"]
+    return "\n".join(["@enum.unique", "class Parameter(enum.Enum):", *lines])
 
 
 def _solve_json(text: str) -> str:
@@ -123,13 +122,14 @@ class Task:
 
 
 TASKS = {
+    "call": Task("Keyword call:", "signature", _solve_call),
     "docs": Task("Docstring:", "signature", _solve_docs),
-    "parser": Task("Argument parser:", "signature", _solve_parser),
+    "enum": Task("Enumeration:", "constructor", _solve_enum),
     "fields": Task("Dataclass:", "signature", _solve_fields),
-    "getters": Task("Getters:", "constructor", _solve_getters),
     "json": Task("JSON:", "dictionary", _solve_json),
 }
-"""Rewrites by name. The answer of each is a function of the prompt's text alone."""
+"""Rewrites by name. The answer of each is a function of the prompt's text alone, and every item starts a line: where a
+small target has to look up the next name is then the same in all of them."""
 
 _BODY_INSTRUCTION = "Function body:"
 

@@ -60,14 +60,11 @@ def _names_in(task, answer):
         lines = ast.literal_eval(answer).splitlines()[3:]
         return [line.split(":")[0].strip() for line in lines if line.strip()]
     nodes = list(ast.walk(ast.parse(answer)))
-    if task == "parser":
-        calls = [n for n in nodes if isinstance(n, ast.Call) and getattr(n.func, "attr", "") == "add_argument"]
-        return [call.args[0].value.removeprefix("--") for call in calls]
+    if task == "call":
+        return [keyword.arg for keyword in ast.parse(answer, mode="eval").body.keywords]
     if task == "fields":
         return [n.target.id for n in nodes if isinstance(n, ast.AnnAssign)]
-    names = [n.name.removeprefix("get_") for n in nodes if isinstance(n, ast.FunctionDef)]
-    assert names == [n.attr for n in nodes if isinstance(n, ast.Attribute)]
-    return names
+    return [n.targets[0].id for n in nodes if isinstance(n, ast.Assign)]
 
 
 def test_answers_mean_what_they_should(split):
@@ -87,10 +84,9 @@ def test_answers_mean_what_they_should(split):
             '"""Summary of f.\n\nArgs:\n    a_b: Required argument.\n    c: Optional argument, default -1.\n"""',
         ),
         (
-            "parser",
+            "call",
             "def serve(host, *, port=80)",
-            'parser = argparse.ArgumentParser("serve")\nparser.add_argument("--host")\n'
-            'parser.add_argument("--port", default=80)\noptions = parser.parse_args()',
+            "serve(\n    host=get_value(required=True),\n    port=get_value(default=80),\n)",
         ),
         (
             "fields",
@@ -99,9 +95,9 @@ def test_answers_mean_what_they_should(split):
             "    port: object = dataclasses.field(default=80)",
         ),
         (
-            "getters",
+            "enum",
             "def __init__(self, host, *, port=80)",
-            "def get_host(self): return self.host\ndef get_port(self): return self.port",
+            "@enum.unique\nclass Parameter(enum.Enum):\n    host = enum.auto()\n    port = enum.auto()",
         ),
         (
             "json",
