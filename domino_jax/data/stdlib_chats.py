@@ -80,12 +80,12 @@ def _solve_docs(text: str) -> str:
     return "\n".join([f'"""Summary of {_parse_signature(text).name}.', "", "Args:", *lines, '"""'])
 
 
-def _solve_call(text: str) -> str:
+def _solve_arguments(text: str) -> str:
     lines = [
         f"    {name}=get_value(" + ("required=True)," if default is None else f"default={default}),")
         for name, default in _parameters(text)
     ]
-    return "\n".join([f"{_parse_signature(text).name}(", *lines, ")"])
+    return "\n".join(["arguments = dict(", *lines, ")"])
 
 
 def _solve_fields(text: str) -> str:
@@ -122,7 +122,7 @@ class Task:
 
 
 TASKS = {
-    "call": Task("Keyword call:", "signature", _solve_call),
+    "arguments": Task("Keyword arguments:", "signature", _solve_arguments),
     "docs": Task("Docstring:", "signature", _solve_docs),
     "enum": Task("Enumeration:", "constructor", _solve_enum),
     "fields": Task("Dataclass:", "signature", _solve_fields),

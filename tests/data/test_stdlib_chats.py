@@ -60,8 +60,8 @@ def _names_in(task, answer):
         lines = ast.literal_eval(answer).splitlines()[3:]
         return [line.split(":")[0].strip() for line in lines if line.strip()]
     nodes = list(ast.walk(ast.parse(answer)))
-    if task == "call":
-        return [keyword.arg for keyword in ast.parse(answer, mode="eval").body.keywords]
+    if task == "arguments":
+        return [keyword.arg for keyword in ast.parse(answer).body[0].value.keywords]
     if task == "fields":
         return [n.target.id for n in nodes if isinstance(n, ast.AnnAssign)]
     return [n.targets[0].id for n in nodes if isinstance(n, ast.Assign)]
@@ -84,9 +84,9 @@ def test_answers_mean_what_they_should(split):
             '"""Summary of f.\n\nArgs:\n    a_b: Required argument.\n    c: Optional argument, default -1.\n"""',
         ),
         (
-            "call",
+            "arguments",
             "def serve(host, *, port=80)",
-            "serve(\n    host=get_value(required=True),\n    port=get_value(default=80),\n)",
+            "arguments = dict(\n    host=get_value(required=True),\n    port=get_value(default=80),\n)",
         ),
         (
             "fields",
