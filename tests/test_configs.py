@@ -5,6 +5,8 @@ import pytest
 from domino_jax.config import TargetConfig, from_json_dict, to_json_dict
 from domino_jax.config_flags import parse_config
 from domino_jax.run_config import RunConfig
+from domino_jax.runs.embedded import embedded_target_config
+from domino_jax.training.draft_init import check_start
 
 LOCATIONS = ["tiny.py", "stdlib.py", "qwen3.py", "qwen3.py:4b", "qwen3.py:8b"]
 
@@ -39,17 +41,11 @@ def test_every_file_is_covered(repository):
 def test_embedded_runs_need_nothing_from_outside(repository, name):
     config = parse_config(["--config", str(repository / "configs" / name)])
     corpus = config.corpus
-    target = TargetConfig(
-        vocab_size=corpus.vocab_size,
-        hidden_size=corpus.hidden_size,
-        intermediate_size=corpus.intermediate_size,
-        num_hidden_layers=corpus.num_hidden_layers,
-        num_attention_heads=corpus.num_attention_heads,
-        num_key_value_heads=corpus.num_key_value_heads,
-        head_dim=corpus.head_dim,
-    )
+    target = embedded_target_config(corpus, corpus.vocab_size)
     assert not config.target.path and not config.data.train_path
-    assert config.draft.resolve(target, mask_token_id=1).has_head
+    draft = config.draft.resolve(target, mask_token_id=1)
+    assert draft.has_head
+    check_start(draft, target)
     assert config.data.max_length == max(corpus.bucket_widths) <= corpus.max_length
 
 

@@ -7,30 +7,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.golden_draft import METRIC_NAMES, SUM_NAMES
+from tests.golden_files import GRADIENT_TOLERANCE, LOSS_TOLERANCE
+
 DRAFTS = ["A", "B", "C", "D", "E"]
-NAMES = {
-    "loss": "loss",
-    "base_loss": "base_loss",
-    "final_loss": "corrected_loss",
-    "accuracy": "accuracy",
-    "base_accuracy": "base_accuracy",
-    "accept_len": "accept_len",
-    "base_accept_len": "base_accept_len",
-}
-TERMS = {
-    "final_num": "loss_num",
-    "loss_num": "loss_num",
-    "base_num": "base_loss_num",
-    "loss_den": "loss_den",
-    "correct_num": "correct_num",
-    "base_correct_num": "base_correct_num",
-    "accuracy_den": "correct_den",
-    "accept_num": "accept_num",
-    "base_accept_num": "base_accept_num",
-    "accept_den": "accept_den",
-}
-LOSS_TOLERANCE = 1e-5
-GRADIENT_TOLERANCE = 1e-4
 
 
 @functools.cache
@@ -95,12 +75,12 @@ def test_losses_and_metrics_equal_golden(golden_dir, name):
             run.get("lambda_base", 0.5),
             with_gradients=has_decay,
         )
-        for golden_name, ours in NAMES.items():
+        for golden_name, ours in METRIC_NAMES.items():
             if golden_name in run:
                 np.testing.assert_allclose(
                     metrics[ours], run[golden_name], rtol=LOSS_TOLERANCE, atol=LOSS_TOLERANCE, err_msg=golden_name
                 )
-        for golden_name, ours in TERMS.items():
+        for golden_name, ours in SUM_NAMES.items():
             if golden_name in run["terms"]:
                 np.testing.assert_allclose(
                     getattr(sums, ours), run["terms"][golden_name], rtol=LOSS_TOLERANCE, err_msg=golden_name
