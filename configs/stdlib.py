@@ -2,7 +2,7 @@
 
 Method: Domino, arXiv 2605.29707, the published recipe scaled down.
 Command: python train.py --config configs/stdlib.py
-Meant for about an hour on a CPU or minutes on a GPU.
+Meant for about an hour on a CPU (estimated from measured rates, see docs/log.md) or minutes on a GPU.
 Why these values:
   - every function of the library that has a docstring and a body of its own is a chat;
   - free code needs a deeper target, a larger vocabulary and longer sequences than the rewrites of tiny.py;
@@ -40,7 +40,7 @@ def get_config(variant: str = "") -> RunConfig:
         head_dim=64,
         bucket_widths=(128, 256, 384),
         tokens_per_batch=4096,
-        target_steps=900,
+        target_steps=700,
         target_learning_rate=1.5e-3,
         response_batch_size=64,
         response_max_new_tokens=192,

@@ -185,7 +185,9 @@ def choose_variant(variant: str, variants: Sequence[str]) -> str:
 
 def _known_config_files(folder: Path) -> list[str]:
     for candidate in (folder, folder / "configs", Path("configs")):
-        found = sorted(os.path.relpath(path) for path in candidate.glob("*.py") if "get_config" in path.read_text())
+        found = sorted(
+            os.path.relpath(path) for path in candidate.glob("*.py") if "def get_config(" in path.read_text()
+        )
         if found:
             return found
     return []

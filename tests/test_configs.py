@@ -2,7 +2,7 @@
 
 import pytest
 
-from domino_jax.config import TargetConfig, from_json_dict, to_json_dict
+from domino_jax.config import ConfigError, TargetConfig, from_json_dict, to_json_dict
 from domino_jax.config_flags import parse_config
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.embedded import embedded_target_config
@@ -67,3 +67,9 @@ def test_published_recipe(repository, variant):
     assert (optimizer.learning_rate, optimizer.warmup_ratio, optimizer.clip_norm) == (6e-4, 0.04, 1.0)
     assert (config.train.num_steps, config.train.num_epochs) == (0, 6.0)
     assert config.data.max_length == 3072 and config.data.enable_thinking is False
+
+
+def test_a_start_without_a_configuration_lists_those_there_are(repository, monkeypatch):
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError, match=r"choose one of: configs/qwen3\.py, configs/stdlib\.py, configs/tiny\.py$"):
+        parse_config([])
