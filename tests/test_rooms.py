@@ -12,7 +12,6 @@ MAX_ENTRY_POINT_LINES = 150
 
 
 def lint_imports(folder):
-    pytest.importorskip("importlinter")
     environment = os.environ | {"PYTHONPATH": str(folder)}
     command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()", "--no-cache"]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)

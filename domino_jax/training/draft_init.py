@@ -6,7 +6,7 @@ norms are the target's. The first draft layer then sees exactly the keys and val
 so that what this layer has learned to look up works in the drafter from the first step; the head starts fresh.
 Knows nothing about data or optimizers.
 
-Source: drafters that start from layers of their target: Draft & Verify, arXiv 2309.08168; Kangaroo, arXiv 2404.18911.
+Source: drafters made of their target's own layers: Draft & Verify, arXiv 2309.08168; Kangaroo, arXiv 2404.18911.
 """
 
 import jax.numpy as jnp
