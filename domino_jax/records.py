@@ -3,9 +3,29 @@
 Plain dataclasses of numpy arrays and Python values; no jax, no behaviour beyond simple derived numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class ChatRow:
+    """One tokenised chat.
+
+    Attributes:
+        ids: token ids.
+        loss_mask: 1 on the tokens that are learned.
+        line_no: 1-based line of the data file; 0 where it has none.
+        features: [tokens, captured layers x width] of the target, where they were computed before.
+        last_hidden: [tokens, width], the target's final-normed states, where they were computed before.
+    """
+
+    ids: Sequence[int]
+    loss_mask: Sequence[int]
+    line_no: int = 0
+    features: np.ndarray | None = None
+    last_hidden: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -16,11 +36,17 @@ class TrainBatch:
         input_ids: int32 [sequences, max_length]; padding is 0.
         loss_mask: float32 [sequences, max_length]; 1 on the assistant tokens that are learned, 0 on prompt and padding.
         lengths: int32 [sequences]; tokens that are not padding.
+        line_nos: int64 [sequences]; 1-based line of the data file each sequence comes from, 0 where it has none.
+        features: [sequences, max_length, captured layers x width] of the target, where they were computed before.
+        last_hidden: [sequences, max_length, width], the target's final-normed states, where they were computed before.
     """
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     lengths: np.ndarray
+    line_nos: np.ndarray
+    features: np.ndarray | None = None
+    last_hidden: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

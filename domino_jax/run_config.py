@@ -23,6 +23,10 @@ def require_ratio(config: Any, *names: str) -> None:
         require(0.0 <= value <= 1.0, f"{type(config).__name__}.{name} is {value!r}; it must lie in [0, 1]")
 
 
+Match = Literal["none", "kl", "tv", "lk-alpha", "lk-hybrid"]
+"""Distances of the corrected distribution from the target's; formulas in `training/objectives.py`."""
+
+
 @dataclass(frozen=True)
 class TargetSource:
     """Where a run's target comes from.
@@ -124,50 +128,70 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Block sampling, slot weights and the base-anchored curriculum.
+    """Block sampling, slot weights, the base-anchored curriculum, and what is learned beside the labels.
 
     Attributes:
         num_anchors: anchors drawn a sequence.
-        loss_decay_gamma: slot k weighs exp(-k / gamma); 0 switches the decay off.
+        slot_weights: `decay` weighs slot k by exp(-k / gamma); `dpace` by its share in the expected accepted length.
+        loss_decay_gamma: gamma of `decay`, 0 switches the decay off; `dpace` has none.
+        dpace_alpha: smoothing of the confidences that `dpace` multiplies; 1 makes them all certain.
+        base_support: slots the base logits learn from: the whole `block`, or those `accepted` and the first wrong one.
+        match: distance to the target's own distribution that the corrected logits learn beside the labels.
+        match_weight: share of `match` in the corrected logits' loss; the labels have the rest.
+        lk_eta: how soon `lk-hybrid` goes over from KL to total variation as the distributions come to overlap.
         base_weight_start: lambda at step 0.
-        base_weight_decay_ratio: share of the optimizer steps over which lambda falls to 0.
-        head_chunk: anchors whose logits exist at the same time in the loss.
+        base_weight_shape: how lambda falls from there to 0: `linear`, `cosine`, or not at all (`constant`).
+        base_weight_decay_ratio: share of the optimizer steps over which lambda falls to 0; unused by `constant`.
+        head_chunk: blocks whose logits exist at the same time in the loss.
     """
 
     num_anchors: int = 512
+    slot_weights: Literal["decay", "dpace"] = "decay"
     loss_decay_gamma: float = 7.0
+    dpace_alpha: float = 0.5
+    base_support: Literal["block", "accepted"] = "block"
+    match: Match = "none"
+    match_weight: float = 0.5
+    lk_eta: float = 3.0
     base_weight_start: float = 1.0
+    base_weight_shape: Literal["linear", "cosine", "constant"] = "linear"
     base_weight_decay_ratio: float = 1.0
     head_chunk: int = 32
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_anchors", "head_chunk")
+        require_positive(self, "num_anchors", "head_chunk", "lk_eta", "dpace_alpha")
         require(self.loss_decay_gamma >= 0, f"loss_decay_gamma is {self.loss_decay_gamma}; use 0 for no decay")
-        require_ratio(self, "base_weight_start", "base_weight_decay_ratio")
+        require_ratio(self, "base_weight_start", "base_weight_decay_ratio", "match_weight", "dpace_alpha")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up and cosine decay, gradients clipped by their global norm.
+    """AdamW or Muon with linear warm-up and cosine decay, gradients clipped by their global norm.
 
     Attributes:
+        kind: `muon` orthogonalises the momentum of weight matrices, scaled to AdamW's step size so that one learning
+            rate serves both; norms and the output matrix of the head stay with AdamW.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         end_ratio: final learning rate over the highest one.
+        b1, b2: decay of AdamW's moments.
+        momentum: decay of Muon's momentum.
         clip_norm: 0 switches clipping off.
     """
 
+    kind: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 6e-4
     warmup_ratio: float = 0.04
     end_ratio: float = 0.0
     weight_decay: float = 0.0
     b1: float = 0.9
     b2: float = 0.999
+    momentum: float = 0.95
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate")
         require_ratio(self, "warmup_ratio", "end_ratio")
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"{name} is {value!r}; it must lie in [0, 1): 1 would never forget")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
@@ -186,6 +210,7 @@ class TrainConfig:
         eval_every: steps between two decodes of held-out prompts.
         eval_prompts: held-out prompts decoded each time.
         eval_max_new_tokens: token budget of each of them.
+        max_skipped: updates skipped in a row, because they were not finite, that stop the run.
         compute_dtype: type of the drafter's activations; its weights are always float32.
     """
 
@@ -197,6 +222,7 @@ class TrainConfig:
     eval_every: int = 500
     eval_prompts: int = 32
     eval_max_new_tokens: int = 256
+    max_skipped: int = 10
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
@@ -208,6 +234,7 @@ class TrainConfig:
             "eval_every",
             "eval_prompts",
             "eval_max_new_tokens",
+            "max_skipped",
         )
         require(self.num_steps >= 0, f"num_steps is {self.num_steps}; use 0 to train by epochs")
         require(

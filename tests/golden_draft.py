@@ -15,8 +15,9 @@ from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone, init_draft_cache
 from domino_jax.models.qwen3 import Qwen3, head_weight, init_target_cache, project_to_vocabulary
 from domino_jax.ops.attention import attend_blocks
+from domino_jax.run_config import ObjectiveConfig
 from domino_jax.training.anchors import build_blocks, find_candidates
-from domino_jax.training.loss import LossSums, block_losses, compute_metrics, draft_logits, mix_losses
+from domino_jax.training.loss import LossSums, block_losses, compute_metrics, draft_logits
 from tests.golden_files import (
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
@@ -206,11 +207,12 @@ def _jit_losses(config: object, gamma: float, weight: float) -> Callable:
     """Return one program for everything that is recorded of a drafter's losses; all data are its arguments."""
 
     def sum_losses(params: dict, decay: float, embedding: jax.Array, head: jax.Array, features: jax.Array, inputs):
-        return block_losses(config, params, embedding, head, features, *inputs, decay, weight, 4, FLOAT32)[0]
+        objective = ObjectiveConfig(loss_decay_gamma=decay, head_chunk=4)
+        return block_losses(config, objective, params, embedding, head, features, *inputs, FLOAT32)
 
     def loss(params: dict, *rest: object) -> tuple:
         sums = sum_losses(params, gamma, *rest)
-        return mix_losses(sums, weight) / sums.loss_den, sums
+        return compute_metrics(ObjectiveConfig(), sums, weight)["loss"], sums
 
     @jax.jit
     def run(params: dict, embedding: jax.Array, head: jax.Array, features: jax.Array, inputs: tuple) -> tuple:
@@ -261,7 +263,7 @@ def _compare_losses(
 def compare_numbers(result: Result, name: str, sums: LossSums, recorded: Recorded) -> None:
     for optional, default in (("lambda_base", 0.0), ("terms", {})):
         recorded.setdefault(optional, default)
-    metrics = compute_metrics(sums, recorded["lambda_base"])
+    metrics = compute_metrics(ObjectiveConfig(), sums, recorded["lambda_base"])
     terms = Recorded(recorded["terms"])
     for theirs in METRIC_NAMES.keys() & recorded.keys():
         result.compare(f"{name} {theirs}", metrics[METRIC_NAMES[theirs]], recorded[theirs], LOSS_TOLERANCE)

@@ -1,6 +1,6 @@
 """Batches of similar lengths, for training a small target on short chats without paying for padding.
 
-In: (token ids, loss mask) rows. Out: `TrainBatch`es of a few fixed widths with about the same number of tokens each,
+In: tokenised chats. Out: `TrainBatch`es of a few fixed widths with about the same number of tokens each,
 so that a jitted step compiles once a width. The batch of a step is a function of (seed, step): a stopped run goes on
 where it was without stored positions. Knows nothing about tokenizers or models.
 """
@@ -10,9 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from domino_jax.data.pipeline import pad_batch
-from domino_jax.records import TrainBatch
-
-Row = tuple[Sequence[int], Sequence[int]]
+from domino_jax.records import ChatRow, TrainBatch
 
 
 class LengthBuckets:
@@ -23,7 +21,7 @@ class LengthBuckets:
         steps_per_epoch: batches in which every kept row appears about once.
     """
 
-    def __init__(self, rows: Sequence[Row], widths: Sequence[int], tokens_per_batch: int, seed: int) -> None:
+    def __init__(self, rows: Sequence[ChatRow], widths: Sequence[int], tokens_per_batch: int, seed: int) -> None:
         """Sort `rows`; a batch of width w has `tokens_per_batch // w` rows.
 
         Raises:
@@ -32,14 +30,14 @@ class LengthBuckets:
         if tokens_per_batch < max(widths):
             raise ValueError(f"tokens_per_batch is {tokens_per_batch}; it must be at least the width {max(widths)}")
         self._seed = seed
-        self._buckets: list[tuple[int, int, list[Row]]] = []
+        self._buckets: list[tuple[int, int, list[ChatRow]]] = []
         shortest = 0
         for width in sorted(widths):
-            inside = [row for row in rows if shortest < len(row[0]) <= width]
+            inside = [row for row in rows if shortest < len(row.ids) <= width]
             shortest = width
             if inside:
                 self._buckets.append((width, tokens_per_batch // width, inside))
-        self.num_dropped = sum(len(row[0]) > shortest for row in rows)
+        self.num_dropped = sum(len(row.ids) > shortest for row in rows)
         if not self._buckets:
             raise ValueError(f"none of {len(rows)} rows has 1 to {shortest} tokens; raise max_length")
         self._num_batches = [-(-len(inside) // size) for _, size, inside in self._buckets]

@@ -23,10 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_jax.data.chat_template import ChatTemplateError, render_chat
 from domino_jax.data.responses import RawRow, ResponsesError, RowError, RowReport, parse_row, scan_rows
-from domino_jax.records import TrainBatch
+from domino_jax.records import ChatRow, TrainBatch
 from domino_jax.run_config import DataConfig
-
-_Tokens = tuple[list[int], list[int]]
 
 
 @dataclass
@@ -55,7 +53,7 @@ class RowIndex:
 
 
 class ChatSource:
-    """Random access to the usable rows of a file: `source[i]` is (ids, loss mask), truncated to `max_length`.
+    """Random access to the usable rows of a file: `source[i]` is a `ChatRow` truncated to `max_length`.
 
     Raises:
         ResponsesError: the file cannot be read, too many rows are bad, or none can be used.
@@ -77,7 +75,7 @@ class ChatSource:
         """Return the number of usable rows."""
         return len(self.index.offsets)
 
-    def __getitem__(self, row: int) -> _Tokens:
+    def __getitem__(self, row: int) -> ChatRow:
         """Read and tokenise one row.
 
         Raises:
@@ -91,7 +89,7 @@ class ChatSource:
         except OSError as error:
             raise ResponsesError(f"{self._path} cannot be read any more: {error.strerror}") from error
         ids, loss_mask, _ = self._tokenise(RawRow(line_no, 0, content))
-        return ids, loss_mask
+        return ChatRow(ids, loss_mask, line_no)
 
     def _check_rows(self, report: RowReport) -> RowIndex:
         index = RowIndex(report)
@@ -222,7 +220,7 @@ def build_dataset(
     batches = rows.batch(
         config.batch_size // process_count,
         drop_remainder=True,
-        batch_fn=lambda tokens: pad_batch(tokens, config.max_length),
+        batch_fn=lambda rows: pad_batch(rows, config.max_length),
     )
     identity = {
         "rows": source.index.fingerprint,
@@ -247,11 +245,26 @@ def _check_arguments(
         raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {process_count} processes")
 
 
-def pad_batch(rows: Sequence[tuple[Sequence[int], Sequence[int]]], max_length: int) -> TrainBatch:
-    """Return (token ids, loss mask) rows of at most `max_length` tokens as one batch, padded on the right with 0."""
-    input_ids = np.zeros((len(rows), max_length), np.int32)
-    loss_mask = np.zeros((len(rows), max_length), np.float32)
-    for i, (ids, mask) in enumerate(rows):
-        input_ids[i, : len(ids)] = ids
-        loss_mask[i, : len(mask)] = mask
-    return TrainBatch(input_ids, loss_mask, np.array([len(ids) for ids, _ in rows], np.int32))
+def pad_batch(rows: Sequence[ChatRow], width: int) -> TrainBatch:
+    """Return rows of at most `width` tokens as one batch, padded on the right with 0."""
+    return TrainBatch(
+        input_ids=_pad([row.ids for row in rows], width, np.dtype(np.int32)),
+        loss_mask=_pad([row.loss_mask for row in rows], width, np.dtype(np.float32)),
+        lengths=np.array([len(row.ids) for row in rows], np.int32),
+        line_nos=np.array([row.line_no for row in rows], np.int64),
+        features=_pad_arrays([row.features for row in rows], width),
+        last_hidden=_pad_arrays([row.last_hidden for row in rows], width),
+    )
+
+
+def _pad_arrays(values: Sequence[np.ndarray | None], width: int) -> np.ndarray | None:
+    if any(value is None for value in values):
+        return None
+    return _pad(values, width, values[0].dtype)
+
+
+def _pad(values: Sequence[Any], width: int, dtype: np.dtype) -> np.ndarray:
+    padded = np.zeros((len(values), width, *np.shape(values[0])[1:]), dtype)
+    for i, value in enumerate(values):
+        padded[i, : len(value)] = value
+    return padded

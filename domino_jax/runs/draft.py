@@ -29,10 +29,14 @@ from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.shapes import Params
 from domino_jax.training.draft_init import check_start, start_from_target
-from domino_jax.training.step import TrainState, create_train_state, make_train_step
+from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
 STAGE = "draft"
 _EVAL_BATCH = 32
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on; the message names the batch."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,7 @@ class _Training:
     folder: RunFolder
     target: TargetModel
     draft: DraftConfig
+    train_path: str
     batches: BatchIterator
     checkpoints: TrainCheckpoints
     monitor: RunMonitor
@@ -153,6 +158,7 @@ def train_draft(
     Raises:
         RunStopped: the run was asked to stop and has saved.
         ResponsesError: the data cannot be used.
+        TrainingError: too many updates in a row are not finite.
         CheckpointError: the drafter does not fit the target, or a checkpoint does not fit the run.
     """
     draft = resolve_draft(config, target)
@@ -175,7 +181,7 @@ def train_draft(
     num_steps = config.train.num_steps or batches.num_batches or 0
     checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints)
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
-    run = _Training(config, folder, target, draft, batches, checkpoints, monitor, held_out, num_steps)
+    run = _Training(config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps)
     try:
         state = _run_steps(run, _restore(run))
         _export(run, state)
@@ -212,12 +218,15 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
         run.config.target.dtype,
     )
     first = int(state.step)
+    skips = _SkipWatch(run)
     with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
             batch = next(run.batches)
             num_tokens += int(batch.lengths.sum())
-            state, metrics = train_step(state, run.target.params, *_split(batch, run.config.data.micro_steps))
+            state, metrics = train_step(state, run.target.params, _split(batch, run.config.data.micro_steps))
+            skips.check()
+            skips.watch(step, batch, metrics)
             is_last = step == run.num_steps
             if step % train.log_every == 0 or is_last:
                 values = {name: np.asarray(value).tolist() for name, value in metrics.items()}  # waits for the device
@@ -227,6 +236,7 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
                 progress.advance()
             is_eval = step % train.eval_every == 0 or is_last
             if is_eval or step % train.checkpoint_every == 0 or stopped:
+                skips.check()
                 paused = time.perf_counter()
                 run.save(state, step, run.evaluate(state, step) if is_eval else None)
                 began += time.perf_counter() - paused
@@ -235,11 +245,48 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     return state
 
 
-def _split(batch: TrainBatch, micro_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    def split(x: np.ndarray) -> np.ndarray:
-        return x.reshape(micro_steps, -1, *x.shape[1:])
+def _split(batch: TrainBatch, micro_steps: int) -> StepInputs:
+    def split(x: np.ndarray | None) -> np.ndarray | None:
+        return None if x is None else x.reshape(micro_steps, -1, *x.shape[1:])
 
-    return split(batch.input_ids), split(batch.loss_mask), split(batch.lengths)
+    arrays = (batch.input_ids, batch.loss_mask, batch.lengths, batch.features, batch.last_hidden)
+    return StepInputs(*map(split, arrays))
+
+
+class _SkipWatch:
+    """Says which batches gave an update that is not finite, and stops the run after too many in a row.
+
+    A step's numbers are read when the next one is under way, so that the device never waits for the host.
+    """
+
+    def __init__(self, run: _Training) -> None:
+        self._run, self._watched = run, None
+
+    def watch(self, step: int, batch: TrainBatch, metrics: dict) -> None:
+        self._watched = step, batch.line_nos, metrics
+
+    def check(self) -> None:
+        """Read what is watched.
+
+        Raises:
+            TrainingError: `train.max_skipped` updates in a row were not finite.
+        """
+        if self._watched is None:
+            return
+        (step, line_nos, metrics), self._watched = self._watched, None
+        in_row, limit = int(metrics["skipped_in_row"]), self._run.config.train.max_skipped
+        if in_row == 0:
+            return
+        lines = ", ".join(map(str, sorted(set(line_nos.tolist()))))
+        batch = f"step {step} (lines {lines} of {self._run.train_path})"
+        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        self._run.monitor.say(f"update skipped: {batch}: loss {loss}, gradient norm {norm}; {in_row} in a row")
+        if in_row >= limit:
+            raise TrainingError(
+                f"{in_row} updates in a row were not finite, the last one at {batch}; nothing after step "
+                f"{step - in_row} was learned. Look at these rows, or start a new run with a lower "
+                "optimizer.learning_rate"
+            )
 
 
 def _log(run: _Training, progress: StageProgress, step: int, values: dict, tokens_per_s: float) -> None:

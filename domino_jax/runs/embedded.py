@@ -20,6 +20,7 @@ from domino_jax.data.chat_template import render_chat
 from domino_jax.data.responses import read_chats, write_chats
 from domino_jax.data.stdlib_chats import Chat, build_chats
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.records import ChatRow
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
 from domino_jax.runs.folder import RunFolder, build_once
@@ -67,7 +68,7 @@ def build_target(config: RunConfig, corpus: CorpusConfig, folder: RunFolder, mon
     texts = (message["content"] for messages in chats for message in messages)
     tokenizer = train_tokenizer(texts, corpus.vocab_size, corpus.max_length)
     target = embedded_target_config(corpus, len(tokenizer))
-    rows = [render_chat(tokenizer, messages, enable_thinking=False) for messages in chats]
+    rows = [ChatRow(*render_chat(tokenizer, messages, enable_thinking=False)) for messages in chats]
     batches = LengthBuckets(rows, corpus.bucket_widths, corpus.tokens_per_batch, config.seed)
     if batches.num_dropped:
         monitor.say(

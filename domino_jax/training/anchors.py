@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
-from domino_jax.shapes import Array, Bool, Float, Int
+from domino_jax.shapes import Array, Bool, Float, Int, Shaped
 
 
 @flax.struct.dataclass
@@ -69,6 +69,11 @@ def slot_decay(draft_config: DraftConfig, gamma: float) -> Float[Array, " P"]:
     return jnp.where(drafted >= 0, decay, 0.0).astype(jnp.float32)
 
 
+def gather_rows(rows: Shaped[Array, "B S *rest"], positions: Int[Array, "B *at"]) -> Shaped[Array, "B *out"]:
+    """Return each row's values at its own positions; a position past the row's end reads its last value."""
+    return jax.vmap(lambda row, at: row[at])(rows, jnp.minimum(positions, rows.shape[1] - 1))
+
+
 def build_blocks(
     draft_config: DraftConfig,
     input_ids: Int[Array, "B S"],
@@ -83,21 +88,16 @@ def build_blocks(
     `lengths` counts the tokens of a row that are not padding; `gamma` is the decay of `slot_decay`.
     """
     slots = jnp.arange(draft_config.block_size)
-    last = input_ids.shape[1] - 1
     token_pos = anchor_pos[..., None] + slots
     label_pos = token_pos + 1 if draft_config.shift_label else token_pos
-
-    def gather(rows: Array, positions: Array) -> Array:
-        return jax.vmap(lambda row, at: row[at])(rows, jnp.minimum(positions, last))
-
-    teacher_ids = gather(input_ids, token_pos)
+    teacher_ids = gather_rows(input_ids, token_pos)
     has_label = (slots >= (0 if draft_config.shift_label else 1)) & keep_mask[..., None]
     has_label &= label_pos < lengths[:, None, None]
-    is_scored = jnp.where(has_label & (gather(loss_mask, label_pos) > 0.5), 1.0, 0.0)
+    is_scored = jnp.where(has_label & (gather_rows(loss_mask, label_pos) > 0.5), 1.0, 0.0)
     is_anchor = (slots == 0) & keep_mask[..., None]
     return Blocks(
         token_ids=jnp.where(is_anchor, teacher_ids, draft_config.mask_token_id),
-        labels=gather(input_ids, label_pos),
+        labels=gather_rows(input_ids, label_pos),
         weights=is_scored * slot_decay(draft_config, gamma),
         is_scored=is_scored,
         teacher_ids=teacher_ids,

@@ -1,7 +1,8 @@
 """Both losses of a drafter and its teacher-forced metrics, as sums over a batch.
 
-    loss = (1 - lambda) * CE(corrected logits) + lambda * CE(base logits)      means weighted by `Blocks.weights`
+    loss = (1 - lambda) * ((1 - m) * CE(corrected) + m * D(target, corrected)) + lambda * CE(base)
 
+Each term is a mean weighted by slot; m is `ObjectiveConfig.match_weight` (0 as published), D is in `objectives`.
 Sums come out instead of means, so that micro-steps are divided once by the weight of the whole batch. Logits exist
 for `head_chunk` blocks at a time and are computed again in the backward pass; memory therefore does not grow with
 anchors x slots x vocabulary. Logits, cross-entropies and sums are float32 whatever the activations are.
@@ -9,7 +10,7 @@ anchors x slots x vocabulary. Logits, cross-entropies and sums are float32 whate
 Source: Domino, arXiv 2605.29707; metric definitions as in `OnlineDominoModel` of sgl-project/SpecForge.
 """
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -21,8 +22,10 @@ from domino_jax.config import DraftConfig
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import project_to_vocabulary
+from domino_jax.run_config import ObjectiveConfig
 from domino_jax.shapes import Array, Bool, Float, Int, Params
-from domino_jax.training.anchors import Blocks, build_blocks
+from domino_jax.training.anchors import Blocks, build_blocks, gather_rows
+from domino_jax.training.objectives import accepted_support, dpace_weights, match_distance
 
 HostOrDevice: TypeAlias = Array | np.ndarray
 """Sums are added on the device and read on the host."""
@@ -37,7 +40,8 @@ class LossSums:
 
     Attributes:
         loss_num: weighted sum of the cross-entropies.
-        loss_den: sum of the weights.
+        loss_den: sum of the weights; `base_loss_den` differs where the base branch has a support of its own.
+        match_num: weighted sum of the distances to the target's distribution; 0 without such a term.
         correct_num: scored slots whose most likely token is the label.
         correct_den: scored slots.
         accept_num: over the blocks with a scored slot, 1 + scored slots up to the first wrong one.
@@ -49,6 +53,8 @@ class LossSums:
     loss_num: Float[HostOrDevice, ""]
     base_loss_num: Float[HostOrDevice, ""]
     loss_den: Float[HostOrDevice, ""]
+    base_loss_den: Float[HostOrDevice, ""]
+    match_num: Float[HostOrDevice, ""]
     correct_num: Float[HostOrDevice, ""]
     base_correct_num: Float[HostOrDevice, ""]
     correct_den: Float[HostOrDevice, ""]
@@ -63,7 +69,7 @@ class LossSums:
 def zero_sums(draft_config: DraftConfig) -> LossSums:
     """Return the sums over no block at all."""
     zero, slots = jnp.zeros(()), jnp.zeros(draft_config.num_draft_tokens())
-    return LossSums(*([zero] * 9), *([slots] * 3))
+    return LossSums(*([zero] * 11), *([slots] * 3))
 
 
 def add_sums(first: LossSums, second: LossSums) -> LossSums:
@@ -71,25 +77,44 @@ def add_sums(first: LossSums, second: LossSums) -> LossSums:
     return jax.tree.map(jnp.add, first, second)
 
 
-def mix_losses(sums: LossSums, base_weight: Float[Array, ""] | float) -> Float[Array, ""]:
-    """Return the weighted sum (not the mean) that is minimised: (1 - lambda) * corrected + lambda * base."""
-    return (1 - base_weight) * sums.loss_num + base_weight * sums.base_loss_num
+def mix_losses(
+    objective: ObjectiveConfig, sums: LossSums, base_weight: Float[Array, ""] | float
+) -> list[tuple[Float[Array, ""], Float[Array, ""]]]:
+    """Return the loss as (numerator, denominator) parts: it is the sum of their quotients.
+
+    Parts of the same denominator come as one. Gradients are taken of the numerators; denominators are counts.
+    """
+    corrected, match = sums.loss_num, objective.match_weight
+    if objective.match != "none":
+        corrected = (1 - match) * corrected + match * sums.match_num
+    if objective.base_support == "block":
+        return [((1 - base_weight) * corrected + base_weight * sums.base_loss_num, sums.loss_den)]
+    return [((1 - base_weight) * corrected, sums.loss_den), (base_weight * sums.base_loss_num, sums.base_loss_den)]
 
 
-def compute_metrics(sums: LossSums, base_weight: Float[Array, ""] | float) -> dict[str, Array]:
+def divide_or_zero(numerator: Float[Array, "*any"], denominator: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """Return the quotient, 0 where the denominator is 0."""
+    return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+
+
+def compute_metrics(
+    objective: ObjectiveConfig, sums: LossSums, base_weight: Float[Array, ""] | float
+) -> dict[str, Array]:
     """Return losses, accuracies and acceptance from sums; 0 where nothing was scored.
+
+    `loss` is what is minimised, `corrected_loss` and `base_loss` are cross-entropies, `match_loss` the distance to the
+    target's distribution where the objective has one.
 
     `accept_len` is the teacher-forced accepted prefix + 1, the mean over blocks. `accept_rate_by_slot` is the share
     of blocks whose drafted token i is reached and right. Keys that start with `base_` belong to the base logits.
     """
 
-    def divide(numerator: Array, denominator: Array) -> Array:
-        return jnp.where(denominator > 0, numerator / jnp.where(denominator > 0, denominator, 1.0), 0.0)
-
-    return {
-        "loss": divide(mix_losses(sums, base_weight), sums.loss_den),
+    divide = divide_or_zero
+    match = {} if objective.match == "none" else {"match_loss": divide(sums.match_num, sums.loss_den)}
+    return match | {
+        "loss": sum(divide(*part) for part in mix_losses(objective, sums, base_weight)),
         "corrected_loss": divide(sums.loss_num, sums.loss_den),
-        "base_loss": divide(sums.base_loss_num, sums.loss_den),
+        "base_loss": divide(sums.base_loss_num, sums.base_loss_den),
         "accuracy": divide(sums.correct_num, sums.correct_den),
         "base_accuracy": divide(sums.base_correct_num, sums.correct_den),
         "accept_len": divide(sums.accept_num, sums.accept_den),
@@ -125,42 +150,66 @@ def draft_logits(
     return jnp.concatenate([base[:, :first], base[:, first:] + residual], axis=1), base
 
 
-def _sum_one_kind(logits: Array, labels: Array, weights: Array, is_scored: Array) -> tuple[Array, Array, Array, Array]:
-    """Return loss, correct count, accepted count and accepted count by slot of one kind of logits."""
+def _cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the cross-entropy of every slot, and 1.0 where its most likely token is the label."""
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    cross_entropy = jax.nn.logsumexp(logits, axis=-1) - label_logits
     is_right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1) - label_logits, is_right
+
+
+def _weighted_sum(weights: Array, values: Array) -> Array:
+    # The weight decides, not a product with 0: a dropped block's logits may be anything.
+    return jnp.sum(jnp.where(weights > 0, weights * values, 0.0))
+
+
+def _count_accepted(is_right: Array, is_scored: Array) -> tuple[Array, Array, Array]:
+    """Return correct count, accepted count and accepted count by slot of one kind of logits."""
     # A slot without a label neither counts nor ends the accepted prefix.
     accepted = jnp.cumprod(jnp.where(is_scored > 0, is_right, 1.0), axis=-1) * is_scored
-    by_slot = jnp.sum(accepted, axis=0)
     accept_num = jnp.sum(accepted) + jnp.sum(jnp.max(is_scored, axis=-1))
-    # The weight decides, not a product with 0: a dropped block's logits may be anything.
-    loss = jnp.sum(jnp.where(weights > 0, weights * cross_entropy, 0.0))
-    return loss, jnp.sum(is_right * is_scored), accept_num, by_slot
+    return jnp.sum(is_right * is_scored), accept_num, jnp.sum(accepted, axis=0)
 
 
 def sum_block_losses(
     draft_config: DraftConfig,
+    objective: ObjectiveConfig,
     draft_params: Params,
     embedding: Float[Array, "V D"],
     head: Float[Array, "V D"],
     hidden: Float[Array, "blocks P D"],
     blocks: Blocks,
+    target_hidden: Float[Array, "blocks slots D"] | None = None,
 ) -> LossSums:
     """Return the sums over blocks given the backbone's states; all their logits exist at once.
 
-    The fields of `blocks` are flattened to `[blocks, P]` by the caller.
+    The fields of `blocks` are flattened to `[blocks, P]` by the caller. `target_hidden` are the target's final-normed
+    states that predict each drafted token; only a distribution-matching term needs them.
     """
     num_drafted = draft_config.num_draft_tokens()
     corrected, base = draft_logits(draft_config, draft_params, embedding, head, hidden, blocks.teacher_ids)
     labels, weights = blocks.labels[:, -num_drafted:], blocks.weights[:, -num_drafted:]
     is_scored = blocks.is_scored[:, -num_drafted:]
-    loss, correct, accept, by_slot = _sum_one_kind(corrected, labels, weights, is_scored)
-    base_loss, base_correct, base_accept, base_by_slot = _sum_one_kind(base, labels, weights, is_scored)
+    losses, is_right = _cross_entropy(corrected, labels)
+    base_losses, base_is_right = _cross_entropy(base, labels)
+    if objective.slot_weights == "dpace":
+        # The corrected logits are what is served, so they say for both branches where acceptance is lost.
+        weights = weights * dpace_weights(losses, is_scored, objective.dpace_alpha)
+    base_weights = weights
+    if objective.base_support == "accepted":
+        base_weights = weights * accepted_support(base_is_right, is_scored)
+    match_num = jnp.zeros(())
+    if objective.match != "none":
+        target_logits = project_to_vocabulary(target_hidden, head)
+        distances = match_distance(objective.match, target_logits, corrected, objective.lk_eta)
+        match_num = _weighted_sum(weights, distances)
+    correct, accept, by_slot = _count_accepted(is_right, is_scored)
+    base_correct, base_accept, base_by_slot = _count_accepted(base_is_right, is_scored)
     return LossSums(
-        loss_num=loss,
-        base_loss_num=base_loss,
+        loss_num=_weighted_sum(weights, losses),
+        base_loss_num=_weighted_sum(base_weights, base_losses),
         loss_den=jnp.sum(weights),
+        base_loss_den=jnp.sum(base_weights),
+        match_num=match_num,
         correct_num=correct,
         base_correct_num=base_correct,
         correct_den=jnp.sum(is_scored),
@@ -175,16 +224,17 @@ def sum_block_losses(
 
 def sum_in_chunks(
     draft_config: DraftConfig,
+    objective: ObjectiveConfig,
     draft_params: Params,
     embedding: Float[Array, "V D"],
     head: Float[Array, "V D"],
     hidden: Float[Array, "B A P D"],
     blocks: Blocks,
-    head_chunk: int,
+    target_hidden: Float[Array, "B A slots D"] | None = None,
 ) -> LossSums:
     """Return `sum_block_losses` of all blocks, `head_chunk` blocks at a time, rematerialised in the backward pass."""
     num_blocks = hidden.shape[0] * hidden.shape[1]
-    chunk = min(head_chunk, num_blocks)
+    chunk = min(objective.head_chunk, num_blocks)
     num_chunks = -(-num_blocks // chunk)
 
     def split(x: Array) -> Array:
@@ -193,18 +243,20 @@ def sum_in_chunks(
         return padded.reshape(num_chunks, chunk, *flat.shape[1:])
 
     @jax.checkpoint
-    def sum_chunk(params: Params, chunk_hidden: Array, chunk_blocks: Blocks) -> LossSums:
-        return sum_block_losses(draft_config, params, embedding, head, chunk_hidden, chunk_blocks)
+    def sum_chunk(params: Params, *inputs: Any) -> LossSums:
+        return sum_block_losses(draft_config, objective, params, embedding, head, *inputs)
 
-    def add_chunk(total: LossSums, inputs: tuple[Array, Blocks]) -> tuple[LossSums, None]:
+    def add_chunk(total: LossSums, inputs: tuple) -> tuple[LossSums, None]:
         return add_sums(total, sum_chunk(draft_params, *inputs)), None
 
-    total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), (split(hidden), jax.tree.map(split, blocks)))
+    chunks = jax.tree.map(split, (hidden, blocks, target_hidden))
+    total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), chunks)
     return total
 
 
 def block_losses(
     draft_config: DraftConfig,
+    objective: ObjectiveConfig,
     draft_params: Params,
     embedding: Float[Array, "V D"],
     head: Float[Array, "V D"],
@@ -214,22 +266,29 @@ def block_losses(
     lengths: Int[Array, " B"] | None,
     anchor_pos: Int[Array, "B A"],
     keep_mask: Bool[Array, "B A"],
-    gamma: float,
-    base_weight: Float[Array, ""] | float,
-    head_chunk: int,
     compute_dtype: DTypeLike = jnp.float32,
-) -> tuple[LossSums, dict[str, Array]]:
-    """Return the sums of the losses of given anchors on given target features, and the metrics made from them.
+    last_hidden: Float[Array, "B S D"] | None = None,
+) -> LossSums:
+    """Return the sums of the losses of given anchors on given target features.
 
-    Embedding, head and features are frozen: no gradient reaches them. `lengths` None: no row is padded. A dropped
-    block (`keep_mask` False) adds nothing.
+    Embedding, head, features and `last_hidden` (the target's states after its final norm, needed by a
+    distribution-matching term alone) are frozen: no gradient reaches them. `lengths` None: no row is padded. A dropped
+    block (`keep_mask` False) adds nothing. Read the result with `compute_metrics`.
+
+    Raises:
+        ValueError: the objective matches distributions and `last_hidden` is missing.
     """
     if lengths is None:
         lengths = jnp.full(input_ids.shape[:1], input_ids.shape[1], jnp.int32)
-    embedding, head, features = jax.lax.stop_gradient((embedding, head, features))
+    embedding, head, features, last_hidden = jax.lax.stop_gradient((embedding, head, features, last_hidden))
+    gamma = objective.loss_decay_gamma if objective.slot_weights == "decay" else 0.0
     blocks = build_blocks(draft_config, input_ids, loss_mask, lengths, anchor_pos, keep_mask, gamma)
+    target_hidden = None
+    if objective.match != "none":
+        if last_hidden is None:
+            raise ValueError(f"objective.match {objective.match!r} needs the target's last hidden states")
+        target_hidden = gather_rows(last_hidden, anchor_pos[..., None] + jnp.arange(draft_config.num_draft_tokens()))
     backbone, variables = DraftBackbone(draft_config, jnp.dtype(compute_dtype)), {"params": draft_params["backbone"]}
     context = backbone.apply(variables, features, method="project_context")
     hidden = backbone.apply(variables, context, embedding[blocks.token_ids], anchor_pos, method="train")
-    sums = sum_in_chunks(draft_config, draft_params, embedding, head, hidden, blocks, head_chunk)
-    return sums, compute_metrics(sums, base_weight)
+    return sum_in_chunks(draft_config, objective, draft_params, embedding, head, hidden, blocks, target_hidden)

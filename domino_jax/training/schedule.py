@@ -11,15 +11,22 @@ from domino_jax.shapes import Array, Float, Int
 
 
 def base_weight_schedule(config: ObjectiveConfig, num_steps: int) -> optax.Schedule:
-    """Return lambda(t) = clip(lambda_0 * (1 - t / max(1, floor(rho * T))), 0, 1), the weight of the base loss.
+    """Return lambda(t), the weight of the base loss.
+
+    With x = t / max(1, floor(rho * T)): `linear` is clip(lambda_0 * (1 - x), 0, 1), `cosine` is
+    lambda_0 * (1 + cos(pi * min(x, 1))) / 2, `constant` is lambda_0.
 
     Source: Domino, arXiv 2605.29707; `lambda_base` of sgl-project/SpecForge.
     """
+    if config.base_weight_shape == "constant":
+        return lambda step: jnp.full((), config.base_weight_start, jnp.float32)
     decay_steps = max(1, int(config.base_weight_decay_ratio * num_steps))
 
     def schedule(step: Int[Array, ""] | int) -> Float[Array, ""]:
         # One subtraction of whole numbers and one division: exact to the last bit but one in float32.
         left = jnp.asarray(decay_steps - step, jnp.float32) / decay_steps
+        if config.base_weight_shape == "cosine":
+            left = (1 - jnp.cos(jnp.pi * jnp.clip(left, 0.0, 1.0))) / 2
         return jnp.clip(config.base_weight_start * left, 0.0, 1.0)
 
     return schedule

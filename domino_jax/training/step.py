@@ -1,11 +1,11 @@
 """The jitted training and evaluation steps of a drafter, and the state they carry.
 
 A step takes token ids, a loss mask and lengths, split into micro-steps, runs the frozen target on them to get its
-features, draws anchors, sums losses and gradients over the micro-steps, divides once by the weight of the whole batch
-and applies clipped AdamW. It knows nothing about files, tokenizers or progress. This is the only jit of the drafter's
-training.
+features (or takes features computed before), draws anchors, sums losses and gradients over the micro-steps, divides
+once by the weight of the whole batch and applies the clipped update, unless it is not finite. It knows nothing about
+files, tokenizers or progress. This is the only jit of the drafter's training.
 
-Source: Domino, arXiv 2605.29707; AdamW, arXiv 1711.05101.
+Source: Domino, arXiv 2605.29707; AdamW, arXiv 1711.05101; Muon, arXiv 2502.16982.
 """
 
 from collections.abc import Callable
@@ -21,9 +21,17 @@ from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import Qwen3, head_weight
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
-from domino_jax.shapes import Array, Float, Int, Params
+from domino_jax.shapes import Array, Params
 from domino_jax.training.anchors import choose_anchors
-from domino_jax.training.loss import LossSums, add_sums, block_losses, compute_metrics, mix_losses, zero_sums
+from domino_jax.training.loss import (
+    LossSums,
+    add_sums,
+    block_losses,
+    compute_metrics,
+    divide_or_zero,
+    mix_losses,
+    zero_sums,
+)
 from domino_jax.training.schedule import base_weight_schedule, learning_rate_schedule
 
 
@@ -34,8 +42,10 @@ class TrainState:
     Attributes:
         step: int32 scalar: optimizer steps done, batches without a single anchor included.
         params: the drafter's float32 master weights.
-        opt_state: moments of AdamW.
+        opt_state: moments of the optimizer.
         key_data: uint32 bits of the PRNG key; it stays as it is, every draw folds step and sequence number into it.
+        num_skipped: int32 scalar: updates left out because they were not finite.
+        skipped_in_row: int32 scalar: those of them since the last finite one.
     """
 
     # Leaves are open: checkpointing puts host arrays, shapes and placements into the same tree.
@@ -43,17 +53,63 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     key_data: Any
+    num_skipped: Any
+    skipped_in_row: Any
+
+
+@flax.struct.dataclass
+class StepInputs:
+    """The batch of one optimizer step: numpy or device arrays whose first axes are micro-steps and sequences.
+
+    Attributes:
+        input_ids, loss_mask, lengths: as in `records.TrainBatch`.
+        features: captured streams of the target; None: the step runs the target itself.
+        last_hidden: the target's final-normed states, beside `features` where the objective matches distributions.
+    """
+
+    # Leaves are open: host arrays come in, tracers and shapes pass through.
+    input_ids: Any
+    loss_mask: Any
+    lengths: Any
+    features: Any = None
+    last_hidden: Any = None
 
 
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Return clipped AdamW without its learning rate, which the step multiplies in; norm weights never decay."""
+    """Return clipping and the optimizer without its learning rate, which the step multiplies in; norms never decay."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity()
-    decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    )
+    if config.kind == "muon":
+        # Its own rate of 1 leaves the schedule to the step; it returns descents, the step subtracts.
+        muon = optax.contrib.muon(
+            1.0,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            adam_weight_decay=config.weight_decay,
+            weight_decay_mask=_is_matrix,
+            muon_weight_dimension_numbers=_choose_muon_weights,
+            consistent_rms=_MUON_RMS,
+        )
+        return optax.chain(clip, muon, optax.scale(-1.0))
+    decay = optax.add_decayed_weights(config.weight_decay, mask=_is_matrix)
     return optax.chain(
         clip, optax.scale_by_adam(config.b1, config.b2), decay if config.weight_decay > 0 else optax.identity()
     )
+
+
+_MUON_RMS = 0.2
+"""Root mean square of a Muon update, that of a typical AdamW one. Source: arXiv 2502.16982."""
+
+
+def _is_matrix(params: Params) -> Params:
+    return jax.tree.map(lambda p: p.ndim > 1, params)
+
+
+def _choose_muon_weights(params: Params) -> Params:
+    """Return a marker for every matrix but the head's map to the vocabulary, which is an output layer."""
+    numbers = jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers() if p.ndim == 2 else None, params)
+    return numbers | {"head": numbers["head"] | {"up": None}} if "head" in numbers else numbers
 
 
 def create_train_state(
@@ -72,6 +128,8 @@ def create_train_state(
         params=params,
         opt_state=jax.jit(build_optimizer(optimizer).init)(params),
         key_data=jax.random.key_data(anchor_key),
+        num_skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
     )
 
 
@@ -93,47 +151,42 @@ def _make_micro_loss(
     target = Qwen3(target_config, draft_config.target_layer_ids, jnp.dtype(target_dtype))
 
     def micro_loss(
-        params: Params,
-        target_params: Params,
-        key: Array,
-        first_sequence: Array,
-        input_ids: Int[Array, "B S"],
-        loss_mask: Float[Array, "B S"],
-        lengths: Int[Array, " B"],
+        params: Params, target_params: Params, key: Array, first_sequence: Array, inputs: StepInputs
     ) -> LossSums:
-        is_token = jnp.arange(input_ids.shape[1]) < lengths[:, None]
-        loss_mask = jnp.where(is_token, loss_mask, 0.0)
+        is_token = jnp.arange(inputs.input_ids.shape[1]) < inputs.lengths[:, None]
+        loss_mask = jnp.where(is_token, inputs.loss_mask, 0.0)
         anchor_pos, keep_mask = _draw_anchors(key, first_sequence, loss_mask, objective.num_anchors)
-        features = jax.lax.stop_gradient(target.apply({"params": target_params}, input_ids).features)
-        sums, _ = block_losses(
+        features, last_hidden = inputs.features, inputs.last_hidden
+        if features is None:
+            output = target.apply({"params": target_params}, inputs.input_ids)
+            features, last_hidden = output.features, output.hidden
+        return block_losses(
             draft_config,
+            objective,
             params,
             target_params["embed_tokens"],
             head_weight(target_params),
             features,
-            input_ids,
+            inputs.input_ids,
             loss_mask,
-            lengths,
+            inputs.lengths,
             anchor_pos,
             keep_mask,
-            objective.loss_decay_gamma,
-            0.0,
-            objective.head_chunk,
             compute_dtype,
+            last_hidden,
         )
-        return sums
 
     return micro_loss
 
 
 def _apply_update(
-    transform: optax.GradientTransformation, state: TrainState, grads: Params, learning_rate: Array, has_loss: Array
+    transform: optax.GradientTransformation, state: TrainState, grads: Params, learning_rate: Array, is_usable: Array
 ) -> tuple[Params, optax.OptState]:
-    """Return updated parameters and moments, or the old ones where the batch had no loss at all."""
+    """Return updated parameters and moments, or the old ones where the update is not usable."""
     updates, opt_state = transform.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     return jax.tree.map(
-        lambda new, old: jnp.where(has_loss, new, old), (params, opt_state), (state.params, state.opt_state)
+        lambda new, old: jnp.where(is_usable, new, old), (params, opt_state), (state.params, state.opt_state)
     )
 
 
@@ -146,14 +199,16 @@ def make_train_step(
     compute_dtype: str = "float32",
     target_dtype: str = "float32",
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """Return the jitted `train_step(state, target_params, batch_ids, loss_mask, lengths) -> (state, metrics)`.
+    """Return the jitted `train_step(state, target_params, inputs: StepInputs) -> (state, metrics)`.
 
-    Batch arrays are `[micro-steps, sequences, tokens]`, lengths `[micro-steps, sequences]`; the result does not depend
-    on how a batch is split into micro-steps. `num_steps` is the length of the run, which both schedules span. The
-    state is donated: the one passed in is gone. A batch without an anchor changes nothing but the step count.
+    The result does not depend on how a batch is split into micro-steps. `num_steps` is the length of the run, which
+    both schedules span. The state is donated: the one passed in is gone. Of `target_params` only the embedding and the
+    output head are read where the inputs hold features. A batch without an anchor changes nothing but the step count,
+    one whose loss or gradient is not finite the count of skipped updates too.
 
     The metrics are those of `compute_metrics`, and `base_weight`, `learning_rate`, `grad_norm` (before clipping),
-    `loss_weight` (the global sum of weights) and `num_blocks` (blocks with a scored slot).
+    `loss_weight` (the global sum of weights), `num_blocks` (blocks with a scored slot), `num_skipped` and
+    `skipped_in_row` as in the state.
     """
     micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
     transform = build_optimizer(optimizer)
@@ -161,39 +216,49 @@ def make_train_step(
     learning_rates = learning_rate_schedule(optimizer, num_steps)
 
     @in_full_precision
-    def train_step(
-        state: TrainState,
-        target_params: Params,
-        batch_ids: Int[Array, "M B S"],
-        loss_mask: Float[Array, "M B S"],
-        lengths: Int[Array, "M B"],
-    ) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, target_params: Params, inputs: StepInputs) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         base_weight = base_weights(state.step)
 
-        def objective_sum(params: Params, *inputs: Array) -> tuple[Array, LossSums]:
-            sums = micro_loss(params, target_params, key, *inputs)
-            return mix_losses(sums, base_weight), sums
+        def part_sums(params: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
+            sums = micro_loss(params, target_params, key, *arguments)
+            return [numerator for numerator, _ in mix_losses(objective, sums, base_weight)], sums
 
-        def accumulate(carry: tuple[Params, LossSums], inputs: tuple[Array, ...]) -> tuple[tuple, None]:
-            grads, sums = jax.grad(objective_sum, has_aux=True)(state.params, *inputs)
+        def accumulate(carry: tuple[list[Params], LossSums], arguments: tuple) -> tuple[tuple, None]:
+            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, *arguments), state.params, has_aux=True)
+            grads = [pull_back([jnp.float32(i == j) for j in range(len(parts))])[0] for i in range(len(parts))]
             return (jax.tree.map(jnp.add, carry[0], grads), add_sums(carry[1], sums)), None
 
-        first_sequences = jnp.arange(batch_ids.shape[0]) * batch_ids.shape[1]
-        start = (jax.tree.map(jnp.zeros_like, state.params), zero_sums(draft_config))
-        (grads, sums), _ = jax.lax.scan(accumulate, start, (first_sequences, batch_ids, loss_mask, lengths))
-        has_loss = sums.loss_den > 0
-        grads = jax.tree.map(lambda g: g / jnp.where(has_loss, sums.loss_den, 1.0), grads)
+        num_parts = len(mix_losses(objective, zero_sums(draft_config), 0.0))
+        num_micro, num_sequences = inputs.lengths.shape
+        start = ([jax.tree.map(jnp.zeros_like, state.params)] * num_parts, zero_sums(draft_config))
+        (part_grads, sums), _ = jax.lax.scan(accumulate, start, (jnp.arange(num_micro) * num_sequences, inputs))
+        scales = [divide_or_zero(jnp.ones(()), den) for _, den in mix_losses(objective, sums, base_weight)]
+        grads = jax.tree.map(lambda *leaves: sum(s * g for s, g in zip(scales, leaves, strict=True)), *part_grads)
+        metrics = compute_metrics(objective, sums, base_weight)
+        grad_norm = optax.tree.norm(grads)
+        has_loss, is_finite = sums.loss_den > 0, jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)
         learning_rate = learning_rates(state.step)
-        params, opt_state = _apply_update(transform, state, grads, learning_rate, has_loss)
-        metrics = compute_metrics(sums, base_weight) | {
+        params, opt_state = _apply_update(transform, state, grads, learning_rate, has_loss & is_finite)
+        num_skipped = state.num_skipped + jnp.where(is_finite, 0, 1)
+        skipped_in_row = jnp.where(is_finite, 0, state.skipped_in_row + 1)
+        metrics |= {
             "base_weight": base_weight,
             "learning_rate": learning_rate,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": grad_norm,
             "loss_weight": sums.loss_den,
             "num_blocks": sums.accept_den,
+            "num_skipped": num_skipped,
+            "skipped_in_row": skipped_in_row,
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            num_skipped=num_skipped,
+            skipped_in_row=skipped_in_row,
+        )
+        return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -205,22 +270,16 @@ def make_eval_step(
     compute_dtype: str = "float32",
     target_dtype: str = "float32",
 ) -> Callable[..., LossSums]:
-    """Return the jitted `eval_step(params, target_params, input_ids, loss_mask, lengths, key) -> LossSums`.
+    """Return the jitted `eval_step(params, target_params, inputs: StepInputs, key) -> LossSums`.
 
-    It scores `[sequences, tokens]` teacher-forced, without an update. Add the sums of several batches with
-    `add_sums` and read them with `compute_metrics`; the same key draws the same anchors.
+    It scores one micro-step teacher-forced, without an update. Add the sums of several batches with `add_sums` and
+    read them with `compute_metrics`; the same key draws the same anchors.
     """
     micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
 
     @in_full_precision
-    def eval_step(
-        params: Params,
-        target_params: Params,
-        input_ids: Int[Array, "B S"],
-        loss_mask: Float[Array, "B S"],
-        lengths: Int[Array, " B"],
-        key: Array,
-    ) -> LossSums:
-        return micro_loss(params, target_params, key, jnp.zeros((), jnp.int32), input_ids, loss_mask, lengths)
+    def eval_step(params: Params, target_params: Params, inputs: StepInputs, key: Array) -> LossSums:
+        (inputs,) = jax.tree.map(lambda x: x[0], [inputs])
+        return micro_loss(params, target_params, key, jnp.zeros((), jnp.int32), inputs)
 
     return jax.jit(eval_step)

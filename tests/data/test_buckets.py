@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from domino_jax.data.buckets import LengthBuckets
+from domino_jax.records import ChatRow
 
-ROWS = [([i + 4] * n, [0] * (n - 1) + [1]) for i, n in enumerate([3, 5, 8, 9, 12, 16, 2, 8, 15, 40])]
+ROWS = [ChatRow([i + 4] * n, [0] * (n - 1) + [1]) for i, n in enumerate([3, 5, 8, 9, 12, 16, 2, 8, 15, 40])]
 
 
 def test_an_epoch_shows_every_row_that_fits():

@@ -28,13 +28,16 @@ def load_case(golden_dir, name):
 @functools.cache
 def compile_losses(golden_dir, name, gamma, head_chunk=5, with_gradients=True):
     """Compile `(params, base_weight, anchors, keep) -> (sums, metrics), gradients of the mean`, once for all tests."""
-    from domino_jax.training.loss import block_losses, mix_losses
+    from domino_jax.run_config import ObjectiveConfig
+    from domino_jax.training.loss import block_losses, compute_metrics
 
+    objective = ObjectiveConfig(loss_decay_gamma=gamma, head_chunk=head_chunk)
     draft, embedding, head, case, _ = load_case(golden_dir, name)
 
     def mean(params, base_weight, anchors, keep):
-        sums, metrics = block_losses(
+        sums = block_losses(
             draft.config,
+            objective,
             params,
             embedding,
             head,
@@ -44,11 +47,9 @@ def compile_losses(golden_dir, name, gamma, head_chunk=5, with_gradients=True):
             None,
             anchors,
             keep,
-            gamma,
-            base_weight,
-            head_chunk,
         )
-        return mix_losses(sums, base_weight) / jnp.maximum(sums.loss_den, 1.0), (sums, metrics)
+        metrics = compute_metrics(objective, sums, base_weight)
+        return metrics["loss"], (sums, metrics)
 
     if with_gradients:
         return jax.jit(lambda *arguments: jax.grad(mean, has_aux=True)(*arguments)[::-1])
@@ -154,7 +155,8 @@ def test_blocks_do_not_see_each_other(golden_dir):
 def test_memory_stays_below_the_dense_logits():
     from domino_jax.config import DraftConfig
     from domino_jax.models.domino_head import init_draft_params
-    from domino_jax.training.loss import block_losses, mix_losses
+    from domino_jax.run_config import ObjectiveConfig
+    from domino_jax.training.loss import block_losses, compute_metrics
 
     vocab, anchors, length, block = 4096, 128, 128, 8
     config = DraftConfig(
@@ -177,11 +179,11 @@ def test_memory_stays_below_the_dense_logits():
     def temporary_bytes(head_chunk):
         def mean(params, embedding, features, ids, loss_mask, anchor_pos):
             keep = jnp.ones(anchor_pos.shape, bool)
-            sums, _ = block_losses(
-                config, params, embedding, embedding, features, ids, loss_mask, None, anchor_pos, keep, 7.0, 0.5,
-                head_chunk,
-            )  # fmt: skip
-            return mix_losses(sums, 0.5)
+            objective = ObjectiveConfig(head_chunk=head_chunk)
+            sums = block_losses(
+                config, objective, params, embedding, embedding, features, ids, loss_mask, None, anchor_pos, keep
+            )
+            return compute_metrics(objective, sums, 0.5)["loss"]
 
         shapes = (
             jax.eval_shape(lambda: init_draft_params(config, jax.random.key(0))),

@@ -56,7 +56,9 @@ def make_batch(seed, sequences=4):
 
 
 def split_batch(batch, micro_steps):
-    return tuple(x.reshape(micro_steps, -1, *x.shape[1:]) for x in batch)
+    from domino_jax.training.step import StepInputs
+
+    return StepInputs(*(x.reshape(micro_steps, -1, *x.shape[1:]) for x in batch))
 
 
 @functools.cache
@@ -88,7 +90,7 @@ def test_micro_steps_do_not_change_the_result(pair):
     for micro_steps in (1, 4):
         state = create()
         for seed in range(3):
-            state, metrics = step(state, pair[2], *split_batch(make_batch(seed), micro_steps))
+            state, metrics = step(state, pair[2], split_batch(make_batch(seed), micro_steps))
         results[micro_steps] = state, metrics
     for a, b in zip(jax.tree.leaves(results[1][0].params), jax.tree.leaves(results[4][0].params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -102,7 +104,7 @@ def test_same_state_and_batch_give_identical_bits(pair):
     for _ in range(2):
         state = create()
         for seed in range(2):
-            state, metrics = step(state, pair[2], *split_batch(make_batch(seed), 4))
+            state, metrics = step(state, pair[2], split_batch(make_batch(seed), 4))
         runs.append((state, metrics))
     assert_trees_equal(*runs)
     assert int(runs[0][0].step) == 2
@@ -116,19 +118,19 @@ def test_a_copied_state_goes_on_as_the_first_would(pair):
         if number == 2:
             saved = jax.tree.map(np.asarray, jax.device_get(state))
             saved = jax.tree.map(np.copy, saved)
-        state, _ = step(state, pair[2], *batch)
+        state, _ = step(state, pair[2], batch)
     resumed = jax.tree.map(jnp.asarray, saved)
     for batch in batches[2:]:
-        resumed, _ = step(resumed, pair[2], *batch)
+        resumed, _ = step(resumed, pair[2], batch)
     assert_trees_equal(state, resumed)
 
 
 def test_a_batch_without_anchors_updates_nothing(pair):
     step, create = default_step(pair)
-    state, _ = step(create(), pair[2], *split_batch(make_batch(0), 4))
+    state, _ = step(create(), pair[2], split_batch(make_batch(0), 4))
     before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
-    ids, loss_mask, lengths = split_batch(make_batch(1), 4)
-    state, metrics = step(state, pair[2], ids, np.zeros_like(loss_mask), lengths)
+    inputs = split_batch(make_batch(1), 4)
+    state, metrics = step(state, pair[2], inputs.replace(loss_mask=np.zeros_like(inputs.loss_mask)))
     assert_trees_equal((state.params, state.opt_state), before)
     assert int(state.step) == 2
     assert float(metrics["loss_weight"]) == 0
@@ -144,7 +146,7 @@ def test_what_lies_in_padding_changes_nothing(pair):
     for filler, filler_mask in ((0, 0.0), (7, 1.0)):
         batch = np.where(is_padding, filler, ids), np.where(is_padding, filler_mask, loss_mask), lengths
         batch = batch[0].astype(np.int32), batch[1].astype(np.float32), lengths
-        results.append(step(create(), pair[2], *split_batch(batch, 4)))
+        results.append(step(create(), pair[2], split_batch(batch, 4)))
     assert_trees_equal(*results)
     assert np.isfinite(results[0][1]["loss"])
 
@@ -153,14 +155,14 @@ def test_schedules_count_optimizer_steps(pair):
     step, create = default_step(pair)
     state, base_weights = create(), []
     for seed in range(4):
-        state, metrics = step(state, pair[2], *split_batch(make_batch(seed), 4))
+        state, metrics = step(state, pair[2], split_batch(make_batch(seed), 4))
         base_weights.append(float(metrics["base_weight"]))
     np.testing.assert_allclose(base_weights, [1, 19 / 20, 18 / 20, 17 / 20], atol=1e-7)
 
 
 def test_bfloat16_keeps_float32_master_weights(pair):
     step, create = make_step(pair, dtype="bfloat16")
-    state, metrics = step(create(), pair.params, *split_batch(make_batch(0), 4))
+    state, metrics = step(create(), pair.params, split_batch(make_batch(0), 4))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert metrics["loss"].dtype == jnp.float32
     assert np.isfinite(metrics["loss"])
@@ -175,10 +177,10 @@ def test_eval_step_scores_without_update(pair):
     _, create = default_step(pair)
     evaluate = make_eval_step(target, draft, ObjectiveConfig(num_anchors=6, head_chunk=5))
     state = create()
-    first = evaluate(state.params, params, *make_batch(0), jax.random.key(1))
-    assert_trees_equal(first, evaluate(state.params, params, *make_batch(0), jax.random.key(1)))
-    second = evaluate(state.params, params, *make_batch(1), jax.random.key(1))
-    metrics = compute_metrics(add_sums(jax.device_get(first), jax.device_get(second)), 0.0)
+    first = evaluate(state.params, params, split_batch(make_batch(0), 1), jax.random.key(1))
+    assert_trees_equal(first, evaluate(state.params, params, split_batch(make_batch(0), 1), jax.random.key(1)))
+    second = evaluate(state.params, params, split_batch(make_batch(1), 1), jax.random.key(1))
+    metrics = compute_metrics(ObjectiveConfig(), add_sums(jax.device_get(first), jax.device_get(second)), 0.0)
     assert float(metrics["loss"]) == pytest.approx(np.log(VOCAB), rel=0.5)
     assert float(metrics["accept_len"]) >= 1
 
@@ -193,12 +195,12 @@ def test_one_sample_is_learned_by_heart(pair, kind):
         draft = dataclasses.replace(draft, gru_hidden_dim=0, emb_dim=0, shift_label=False)
     ids, loss_mask, _ = make_batch(0, sequences=1)
     loss_mask = np.where(np.arange(LENGTH) >= 6, 1, 0 * loss_mask).astype(np.float32)
-    batch = ids[None], loss_mask[None], np.full((1, 1), LENGTH, np.int32)
-    objective, optimizer = ObjectiveConfig(num_anchors=24, base_weight_decay_ratio=0.5), OptimizerConfig(1e-2)
+    batch = split_batch((ids, loss_mask, np.full(1, LENGTH, np.int32)), 1)
+    objective, optimizer = ObjectiveConfig(num_anchors=24, base_weight_decay_ratio=0.5), OptimizerConfig(learning_rate=1e-2)
     step = make_train_step(target, draft, objective, optimizer, 120)
     state = create_train_state(draft, optimizer, jax.random.key(0))
     for _ in range(120):
-        state, metrics = step(state, params, *batch)
+        state, metrics = step(state, params, batch)
     assert float(metrics["loss"]) < 0.2
     # All blocks but those at the end are complete: 24 blocks of up to K labels, plus the target's own token.
     assert float(metrics["accept_len"]) > 0.85 * (1 + draft.num_draft_tokens())
