@@ -196,7 +196,8 @@ def test_one_sample_is_learned_by_heart(pair, kind):
     ids, loss_mask, _ = make_batch(0, sequences=1)
     loss_mask = np.where(np.arange(LENGTH) >= 6, 1, 0 * loss_mask).astype(np.float32)
     batch = split_batch((ids, loss_mask, np.full(1, LENGTH, np.int32)), 1)
-    objective, optimizer = ObjectiveConfig(num_anchors=24, base_weight_decay_ratio=0.5), OptimizerConfig(learning_rate=1e-2)
+    objective = ObjectiveConfig(num_anchors=24, base_weight_decay_ratio=0.5)
+    optimizer = OptimizerConfig(learning_rate=1e-2)
     step = make_train_step(target, draft, objective, optimizer, 120)
     state = create_train_state(draft, optimizer, jax.random.key(0))
     for _ in range(120):
