@@ -170,7 +170,8 @@ class OptimizerConfig:
 
     Attributes:
         kind: `muon` orthogonalises the momentum of weight matrices, scaled to AdamW's step size so that one learning
-            rate serves both; norms and the output matrix of the head stay with AdamW.
+            rate serves both; norms and the output matrix of the head get AdamW with Nesterov momentum
+            and no decay.
         warmup_ratio: share of the steps in which the learning rate rises from 0.
         end_ratio: final learning rate over the highest one.
         b1, b2: decay of AdamW's moments.

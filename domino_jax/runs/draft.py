@@ -190,11 +190,20 @@ def train_draft(
     return draft
 
 
+def start_state(config: RunConfig, draft: DraftConfig, target: TargetModel) -> TrainState:
+    """Return the state before the first step, with the initial weights that the configuration asks for.
+
+    Raises:
+        ConfigError: the drafter cannot start from the target's weights although it is to.
+    """
+    key, params = jax.random.key(config.seed), None
+    if config.draft.initial_weights == "target":
+        params = start_from_target(init_draft_params(draft, key), draft, target.config, target.params)
+    return create_train_state(draft, config.optimizer, key, params)
+
+
 def _restore(run: _Training) -> TrainState:
-    key, params = jax.random.key(run.config.seed), None
-    if run.config.draft.initial_weights == "target":
-        params = start_from_target(init_draft_params(run.draft, key), run.draft, run.target.config, run.target.params)
-    state = create_train_state(run.draft, run.config.optimizer, key, params)
+    state = start_state(run.config, run.draft, run.target)
     restored = run.checkpoints.restore(state)
     if restored is not None:
         state, data_state, _ = restored
@@ -224,7 +233,7 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
         for step in range(first + 1, run.num_steps + 1):
             batch = next(run.batches)
             num_tokens += int(batch.lengths.sum())
-            state, metrics = train_step(state, run.target.params, _split(batch, run.config.data.micro_steps))
+            state, metrics = train_step(state, run.target.params, split_batch(batch, run.config.data.micro_steps))
             skips.check()
             skips.watch(step, batch, metrics)
             is_last = step == run.num_steps
@@ -245,7 +254,9 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     return state
 
 
-def _split(batch: TrainBatch, micro_steps: int) -> StepInputs:
+def split_batch(batch: TrainBatch, micro_steps: int) -> StepInputs:
+    """Return the arrays of a batch with a leading axis of micro-steps."""
+
     def split(x: np.ndarray | None) -> np.ndarray | None:
         return None if x is None else x.reshape(micro_steps, -1, *x.shape[1:])
 

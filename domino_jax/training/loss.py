@@ -187,8 +187,21 @@ def sum_block_losses(
     """
     num_drafted = draft_config.num_draft_tokens()
     corrected, base = draft_logits(draft_config, draft_params, embedding, head, hidden, blocks.teacher_ids)
-    labels, weights = blocks.labels[:, -num_drafted:], blocks.weights[:, -num_drafted:]
-    is_scored = blocks.is_scored[:, -num_drafted:]
+    target_logits = None if target_hidden is None else project_to_vocabulary(target_hidden, head)
+    labels, weights, is_scored = (x[:, -num_drafted:] for x in (blocks.labels, blocks.weights, blocks.is_scored))
+    return score_logits(objective, corrected, base, labels, weights, is_scored, target_logits)
+
+
+def score_logits(
+    objective: ObjectiveConfig,
+    corrected: Float[Array, "blocks slots V"],
+    base: Float[Array, "blocks slots V"],
+    labels: Int[Array, "blocks slots"],
+    weights: Float[Array, "blocks slots"],
+    is_scored: Float[Array, "blocks slots"],
+    target_logits: Float[Array, "blocks slots V"] | None = None,
+) -> LossSums:
+    """Return the sums over blocks given all logits of their drafted tokens; the fields of `Blocks` say what counts."""
     losses, is_right = _cross_entropy(corrected, labels)
     base_losses, base_is_right = _cross_entropy(base, labels)
     if objective.slot_weights == "dpace":
@@ -198,10 +211,8 @@ def sum_block_losses(
     if objective.base_support == "accepted":
         base_weights = weights * accepted_support(base_is_right, is_scored)
     match_num = jnp.zeros(())
-    if objective.match != "none":
-        target_logits = project_to_vocabulary(target_hidden, head)
-        distances = match_distance(objective.match, target_logits, corrected, objective.lk_eta)
-        match_num = _weighted_sum(weights, distances)
+    if target_logits is not None:
+        match_num = _weighted_sum(weights, match_distance(objective.match, target_logits, corrected, objective.lk_eta))
     correct, accept, by_slot = _count_accepted(is_right, is_scored)
     base_correct, base_accept, base_by_slot = _count_accepted(base_is_right, is_scored)
     return LossSums(

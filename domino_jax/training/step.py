@@ -86,8 +86,6 @@ def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
             weight_decay=config.weight_decay,
             adam_b1=config.b1,
             adam_b2=config.b2,
-            adam_weight_decay=config.weight_decay,
-            weight_decay_mask=_is_matrix,
             muon_weight_dimension_numbers=_choose_muon_weights,
             consistent_rms=_MUON_RMS,
         )
