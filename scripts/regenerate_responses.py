@@ -2,8 +2,8 @@
 
 Our own decoding answers, or any OpenAI-compatible endpoints (SGLang, vLLM), which is faster for large targets:
 
-    python scripts/regenerate_responses.py --target DIR_OR_ID --input prompts.jsonl --output responses.jsonl
-    python scripts/regenerate_responses.py --endpoint http://localhost:8000 --input prompts.jsonl --output responses.jsonl
+    python scripts/regenerate_responses.py --target DIR_OR_ID --input prompts.jsonl --output r.jsonl
+    python scripts/regenerate_responses.py --endpoint http://localhost:8000/v1 --input prompts.jsonl --output r.jsonl
 
 User and system turns are kept, assistant turns are written again by the target. Stopped (Ctrl-C) it keeps the answers
 so far, and started again with the same command it goes on with what is missing. Beside the output lie

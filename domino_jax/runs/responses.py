@@ -59,7 +59,7 @@ class ResponseCounts:
 
     Attributes:
         num_answered: chats with one answer or more.
-        num_left_out: chats without: the first prompt is too long or its answer cannot be learned from.
+        num_left_out: chats without: the first prompt is too long or refused, or its answer cannot be learned from.
         num_cut: answers that the token budget or the context ended.
     """
 
@@ -71,7 +71,9 @@ class ResponseCounts:
         """Return the counts in one line."""
         return (
             f"{self.num_answered} chats answered ({self.num_cut} answers cut by their token budget), "
-            f"{self.num_left_out} left out (prompt too long, or an answer that is empty or cut inside a thought)"
+            f"{self.num_left_out} left out"
+            + " (prompt too long, no answer, or one that is empty or cut inside a thought)"
+            * (self.num_left_out > 0)
         )
 
 
