@@ -70,9 +70,14 @@ def find_mismatches(train_path: Path, target: TargetModel, target_path: str, ena
         found = _compare_names(train_path, writer, target, target_path)
     found += _compare_tokenizers(train_path, writer, describe_tokenizer(target.tokenizer), target.path)
     thinking = settings.get("enable_thinking")
-    if thinking is not enable_thinking:
+    if not isinstance(thinking, bool):
         found.append(
-            f"the answers in {train_path} were written with enable_thinking {_or_unknown(thinking)}, the run has "
+            f"the settings of {train_path} do not say whether the target was asked to think; the run has "
+            f"data.enable_thinking {enable_thinking}"
+        )
+    elif thinking is not enable_thinking:
+        found.append(
+            f"the answers in {train_path} were written with enable_thinking {thinking}, the run has "
             f"data.enable_thinking {enable_thinking}; give --config.data.enable_thinking={not enable_thinking} or "
             "answer the prompts again"
         )
@@ -87,7 +92,7 @@ def _compare_weights(train_path: Path, writer: Mapping[str, Any], target: Target
     sizes = diff_configs({"config": stored["config"]}, {"config": ours["config"]})
     parts = [line.removeprefix("config.") for line in sizes] or [n for n in ours if stored[n] != ours[n]]
     return [
-        f"the answers in {train_path} were written by {_or_unknown(writer.get('path'))}, which is another target than "
+        f"the answers in {train_path} were written by {writer.get('path')}, which is another target than "
         f"{target.path} (differing: {', '.join(parts)}); {_REGENERATE}"
     ]
 
@@ -120,7 +125,3 @@ def _last_part(name: str) -> str:
     """Return what a path, hub id or folder of the hub's cache calls a model, in lower case."""
     cached = re.search(r"models--(?:[^/]+?--)?([^/]+)", name)
     return (cached[1] if cached else name.rstrip("/").rsplit("/", 1)[-1]).lower()
-
-
-def _or_unknown(value: Any) -> str:
-    return "unknown" if value is None else str(value)

@@ -21,9 +21,9 @@ def target(material):
 def find(target, tmp_path):
     """Return the mismatches between a target and a file whose settings name this writer."""
 
-    def look(writer, enable_thinking=False, target_path=None, **settings):
+    def look(writer, enable_thinking=False, target_path=None, stored_thinking=False):
         train_path = tmp_path / "train.jsonl"
-        stored = {"target": writer, "enable_thinking": False} | settings
+        stored = {"target": writer, "enable_thinking": stored_thinking}
         settings_path(train_path).write_text(json.dumps(stored))
         return find_mismatches(train_path, target, target_path or target.path, enable_thinking)
 
@@ -47,10 +47,11 @@ def test_another_targets_answers_are_told(find, material, target):
 
 def test_the_thinking_mode_is_compared(find, material, target):
     own = describe_directory(material / "target", target.tokenizer)
-    assert find(own, enable_thinking=True, **{}) != []
     (line,) = find(own, enable_thinking=True)
     assert "enable_thinking False, the run has data.enable_thinking True" in line
     assert "--config.data.enable_thinking=False" in line
+    (line,) = find(own, stored_thinking=None)
+    assert "do not say whether the target was asked to think" in line
 
 
 @pytest.mark.parametrize(
