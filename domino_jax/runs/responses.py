@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.safetensors_io import read_json_object
 from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import SamplingConfig
+from domino_jax.config import SamplingConfig, to_json_dict
 from domino_jax.data.chat_template import encode_prompt, renders_as_written
 from domino_jax.data.responses import CUT_REASONS, write_chats
 from domino_jax.decoding.generate import Decoder
@@ -26,8 +26,11 @@ from domino_jax.records import Generation
 from domino_jax.runs.errors import RunStopped, stop_requests
 from domino_jax.runs.folder import RunError, write_text
 from domino_jax.runs.monitor import RunMonitor, read_rows
+from domino_jax.runs.provenance import settings_path
 
 Messages = list[dict[str, str]]
+_PLACE = ("path", "urls", "root", "max_model_len", "tokenizer")
+"""Entries of a target's description that say where it was found."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,15 @@ class ResponseSettings:
 
     Attributes:
         max_new_tokens: token budget of an answer.
-        max_prompt_tokens: a chat ends before a turn whose prompt, history included, is longer.
-        batch_size: prompts decoded at the same time.
+        max_prompt_tokens: a chat ends before a turn whose prompt, history included, is longer; None: what the target's
+            context leaves.
+        batch_size: prompts decoded at the same time, with endpoints at each of them.
         sampling: settings of every answer; the row number is added to the seed.
         enable_thinking: passed to the chat template.
     """
 
     max_new_tokens: int
-    max_prompt_tokens: int
+    max_prompt_tokens: int | None
     batch_size: int
     sampling: SamplingConfig = SamplingConfig()
     enable_thinking: bool = False
@@ -55,7 +59,7 @@ class ResponseCounts:
 
     Attributes:
         num_answered: chats with one answer or more.
-        num_left_out: chats without: the first prompt is too long or its answer cannot be learned from.
+        num_left_out: chats without: the first prompt is too long or refused, or its answer cannot be learned from.
         num_cut: answers that the token budget or the context ended.
     """
 
@@ -67,13 +71,10 @@ class ResponseCounts:
         """Return the counts in one line."""
         return (
             f"{self.num_answered} chats answered ({self.num_cut} answers cut by their token budget), "
-            f"{self.num_left_out} left out (prompt too long, or an answer that is empty or cut inside a thought)"
+            f"{self.num_left_out} left out"
+            + " (prompt too long, no answer, or one that is empty or cut inside a thought)"
+            * (self.num_left_out > 0)
         )
-
-
-def settings_path(output: Path) -> Path:
-    """Return the file beside `output` that says what its rows are made from."""
-    return output.with_name(output.name + ".settings.json")
 
 
 def hash_prompts(chats: Sequence[Messages]) -> str:
@@ -84,15 +85,41 @@ def hash_prompts(chats: Sequence[Messages]) -> str:
     return digest.hexdigest()[:16]
 
 
+def describe_job(
+    target: Mapping[str, Any],
+    source: Path,
+    chats: Sequence[Messages],
+    settings: ResponseSettings,
+    dtype: str | None = None,
+) -> dict[str, Any]:
+    """Return what rows are made from: `target` as `runs.provenance` or an endpoint describes it, prompts, settings.
+
+    `dtype` is the type our own decoding computes in. The batch size is left out: one that does not fit the memory must
+    be mendable, and answers do not depend on it.
+    """
+    made_from = {
+        "target": dict(target),
+        **({"dtype": dtype} if dtype else {}),
+        "input": str(source.resolve()),
+        "num_prompts": len(chats),
+        "prompts": hash_prompts(chats),
+        **to_json_dict(settings),
+    }
+    del made_from["batch_size"]
+    return made_from
+
+
 def claim_output(output: Path, made_from: Mapping[str, Any]) -> None:
     """Write down beside `output` what its rows are made from, or check it where there are rows already.
+
+    Where a target lies (its path, its URLs) may change between two starts; who it is may not.
 
     Raises:
         RunError: the rows that are there were made from something else; the message lists every difference.
         CheckpointError: the file beside `output` cannot be read.
     """
     path = settings_path(output)
-    if not output.exists() or output.stat().st_size == 0:
+    if not has_rows(output):
         write_text(path, json.dumps(made_from, indent=2) + "\n")
         return
     if not path.exists():
@@ -100,12 +127,28 @@ def claim_output(output: Path, made_from: Mapping[str, Any]) -> None:
             f"{output} is there already and nothing says what it was made from ({path} is missing); give another "
             "--output or move it away"
         )
-    differences = diff_configs(read_json_object(path), dict(made_from))
+    stored, now = read_json_object(path), json.loads(json.dumps(made_from))
+    differences = diff_configs(_without_place(stored), _without_place(now))
     if differences:
         raise RunError(
             f"{output} holds answers that were made from something else; go on with the same settings, give another "
             "--output or move it away:\n  " + "\n  ".join(differences)
         )
+    if "urls" in now["target"]:
+        now["target"]["urls"] = sorted({*stored["target"].get("urls", ()), *now["target"]["urls"]})
+    write_text(path, json.dumps(now, indent=2) + "\n")
+
+
+def has_rows(output: Path) -> bool:
+    """Return whether a file of responses is there and not empty."""
+    return output.exists() and output.stat().st_size > 0
+
+
+def _without_place(made_from: Mapping[str, Any]) -> dict[str, Any]:
+    target = made_from.get("target")
+    if isinstance(target, Mapping):
+        target = {name: value for name, value in target.items() if name not in _PLACE}
+    return {**made_from, "target": target}
 
 
 def regenerate(
@@ -154,13 +197,13 @@ def _answer_batch(
     settings: ResponseSettings,
 ) -> list[dict]:
     histories: list[Messages] = [[] for _ in chats]
-    pending = [_user_turns(messages) for messages in chats]
+    pending = [user_turns(messages) for messages in chats]
     while any(pending):
         prompts = {}
         for i, turns in enumerate(pending):
             if turns:
                 prompt = encode_prompt(tokenizer, histories[i] + turns[0], settings.enable_thinking)
-                if len(prompt) > settings.max_prompt_tokens:
+                if settings.max_prompt_tokens is not None and len(prompt) > settings.max_prompt_tokens:
                     turns.clear()
                 else:
                     prompts[i] = prompt
@@ -169,7 +212,7 @@ def _answer_batch(
         answers = decoder.generate(
             list(prompts.values()),
             settings.max_new_tokens,
-            sampling=[_row_sampling(settings.sampling, first + i) for i in prompts],
+            sampling=[row_sampling(settings.sampling, first + i) for i in prompts],
             stop_ids=tuple(stop_ids),
             batch_size=settings.batch_size,
         )
@@ -206,7 +249,7 @@ def _count(rows: Sequence[Mapping[str, Any]], num_chats: int) -> ResponseCounts:
     return ResponseCounts(len(rows), num_chats - len(rows), num_cut)
 
 
-def _user_turns(messages: Messages) -> list[Messages]:
+def user_turns(messages: Messages) -> list[Messages]:
     """Return the turns to be answered one after the other, each with the system message that may stand before it."""
     turns: list[Messages] = []
     waiting: Messages = []
@@ -220,7 +263,8 @@ def _user_turns(messages: Messages) -> list[Messages]:
     return turns
 
 
-def _row_sampling(sampling: SamplingConfig, row: int) -> SamplingConfig:
+def row_sampling(sampling: SamplingConfig, row: int) -> SamplingConfig:
+    """Return the settings of one row: its number is added to the seed."""
     return SamplingConfig(
         sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p, (sampling.seed + row) % 2**32
     )

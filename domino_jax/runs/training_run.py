@@ -1,5 +1,6 @@
 """A training run from configuration to report, stage by stage; what `train.py` runs."""
 
+import json
 from pathlib import Path
 
 from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
@@ -16,10 +17,11 @@ from domino_jax.runs.embedded import (
     prompt_messages,
     read_corpus_chats,
 )
-from domino_jax.runs.folder import RunError, RunFolder, open_run
+from domino_jax.runs.folder import RunError, RunFolder, open_run, write_text
 from domino_jax.runs.monitor import RunMonitor
+from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
 from domino_jax.runs.report import write_report
-from domino_jax.runs.responses import ResponseSettings, regenerate
+from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
 from domino_jax.training.draft_init import check_start
 
 
@@ -43,6 +45,7 @@ def run_training(config: RunConfig) -> None:
         if config.corpus:
             _answer_prompts(config, config.corpus, folder, target, monitor)
             train_path, eval_path = str(folder.responses), str(folder.eval_chats)
+        warn_of_mismatches(config, train_path, target, monitor)
         train_draft(config, folder, target, train_path, eval_path, monitor)
         write_report(config, folder, target, eval_path, monitor)
     finally:
@@ -94,6 +97,15 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     return TargetModel(path, target_config, params, load_tokenizer(path))
 
 
+def warn_of_mismatches(config: RunConfig, train_path: str, target: TargetModel, monitor: RunMonitor) -> list[str]:
+    """Say in which ways the training data are not this target's own words; return the lines said."""
+    path = config.target.path or target.path
+    mismatches = find_mismatches(Path(train_path), target, path, config.data.enable_thinking)
+    for line in mismatches:
+        monitor.say(f"WARNING: {line}")
+    return mismatches
+
+
 def _answer_prompts(
     config: RunConfig, corpus: CorpusConfig, folder: RunFolder, target: TargetModel, monitor: RunMonitor
 ) -> None:
@@ -105,6 +117,11 @@ def _answer_prompts(
         batch_size=corpus.response_batch_size,
         enable_thinking=config.data.enable_thinking,
     )
+    if not has_rows(folder.responses) or not settings_path(folder.responses).exists():
+        # Rows without settings are of this run all the same: the folder's configuration is theirs.
+        writer = describe_directory(folder.target, target.tokenizer)
+        made_from = describe_job(writer, folder.train_chats, prompts, settings, config.target.dtype)
+        write_text(settings_path(folder.responses), json.dumps(made_from, indent=2) + "\n")
     decoder = Decoder(target.config, target.params, dtype=config.target.dtype)
     stop_ids = find_stop_ids(target.tokenizer, target.path)
     counts = regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)

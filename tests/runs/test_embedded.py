@@ -1,5 +1,6 @@
 """The embedded default from corpus to report at a size of seconds, killed in every stage and started again."""
 
+import json
 import subprocess
 import sys
 
@@ -73,7 +74,10 @@ def test_a_run_leaves_everything_that_was_promised(undisturbed):
     report = (folder / "report" / "report.md").read_text()
     for part in ("6 of 6", "exact match", "repeated 4-grams", "Best block width here", "head on"):
         assert part in report, part
-    assert report in said
+    assert report in said and "WARNING" not in said
+    assert json.loads((folder / "responses.jsonl.settings.json").read_text())["target"]["path"] == str(
+        folder / "target"
+    )
     for name in ("target/model.safetensors", "target/tokenizer.json", "draft/model.safetensors", "responses.jsonl"):
         assert (folder / name).stat().st_size > 0, name
     tasks = {row["task"] for row in read_rows(folder / "corpus" / "train.jsonl")}

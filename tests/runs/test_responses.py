@@ -10,6 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import pytest
 
 from domino_jax.checkpoints.huggingface import load_target, save_target
@@ -252,15 +253,17 @@ def test_an_interrupted_command_keeps_its_answers_and_counts_them_right(call, tm
     assert final.startswith(f"{len(rows)} chats answered") and f", {10 - len(rows)} left out" in final
 
 
-def test_answers_of_another_job_are_not_mixed_in(call, material, tmp_path, capsys):
+def test_answers_of_another_job_are_not_mixed_in(call, job, material, tmp_path, capsys):
     assert call() == 0
     before = (tmp_path / "answers.jsonl").read_bytes()
     shutil.copytree(material / "target", tmp_path / "other")
+    params = jax.tree.map(lambda leaf: leaf * 2, job.decoder.params.target)
+    save_target(tmp_path / "other", job.config, params)
     shutil.copyfile(material / "eval.jsonl", tmp_path / "other.jsonl")
     assert call(target=tmp_path / "other", temperature=0.5, seed=3, max_new_tokens=7, dtype="bfloat16") == EXIT_MISTAKE
     said = capsys.readouterr().err
     for expected in (
-        f"target: stored '{material / 'target'}', now '{tmp_path / 'other'}'",
+        "target.weights: stored",
         "sampling.temperature: stored 1.0, now 0.5",
         "sampling.seed: stored 0, now 3",
         "max_new_tokens: stored 6, now 7",
@@ -273,6 +276,33 @@ def test_answers_of_another_job_are_not_mixed_in(call, material, tmp_path, capsy
     assert call(limit=11) == EXIT_MISTAKE
     assert "num_prompts: stored 10, now 11" in capsys.readouterr().err
     assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+def test_a_target_that_was_moved_is_the_same(call, material, tmp_path):
+    shutil.copytree(material / "target", tmp_path / "before")
+    assert call(target=tmp_path / "before") == 0
+    (tmp_path / "before").rename(tmp_path / "moved")
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    assert call(target=tmp_path / "moved") == 0
+    settings = json.loads((tmp_path / "answers.jsonl.settings.json").read_text())
+    assert settings["target"]["path"] == str(tmp_path / "moved") and settings["target"]["kind"] == "directory"
+    assert (tmp_path / "answers.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--target=t", "--concurrency=2"], "--concurrency has no meaning without --endpoint"),
+        (["--target=t", "--model=m"], "--model has no meaning without --endpoint"),
+        (["--endpoint=http://h", "--batch-size=2"], "--batch-size has no meaning with --endpoint"),
+        (["--endpoint=http://h", "--max-prompt-tokens=2"], "--max-prompt-tokens needs a tokenizer"),
+        ([], "give --target DIR_OR_ID, or --endpoint URL"),
+    ],
+)
+def test_no_option_is_silently_ignored(script, capsys, options, said):
+    with pytest.raises(SystemExit) as caught:
+        script.parse_arguments(["--input=i", "--output=o", *options])
+    assert caught.value.code == EXIT_MISTAKE and said in capsys.readouterr().err
 
 
 def test_rows_that_nothing_is_known_about_are_not_added_to(call, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file
 
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import ConfigError
+from domino_jax.data.chat_template import load_tokenizer
 from domino_jax.data.responses import read_chats, write_chats
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
@@ -22,6 +24,7 @@ from domino_jax.runs.draft import read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
+from domino_jax.runs.provenance import describe_directory, settings_path
 from domino_jax.runs.training_run import load_target_model, run_training
 from domino_jax.training.step import create_train_state
 
@@ -179,6 +182,28 @@ def test_a_run_says_what_it_left_out_of_the_data(material, tmp_path, capsys):
         log = tmp_path / "run" / "bad_rows.jsonl"
         assert "20 rows used, 2 skipped" in said and str(log) in said
         assert [(row["line"], row["reason"]) for row in read_rows(log)] == [(21, "malformed JSON"), (22, "no messages")]
+
+
+def test_a_run_says_when_the_answers_are_not_its_targets(material, tmp_path, capsys, monkeypatch):
+    for stage in ("train_draft", "write_report"):
+        monkeypatch.setattr(training_run_module, stage, lambda *_: None)
+    data = tmp_path / "chats.jsonl"
+    shutil.copyfile(material / "train.jsonl", data)
+    config = make_config(material, tmp_path, num_steps=1)
+    config = replace(config, data=replace(config.data, train_path=str(data), eval_path=""))
+    run_training(config)
+    assert f"WARNING: nothing says who wrote the answers in {data}" in capsys.readouterr().out
+    writer = describe_directory(material / "target", load_tokenizer(str(material / "target")))
+    settings = settings_path(data)
+    settings.write_text(json.dumps({"target": writer, "enable_thinking": False}))
+    run_training(config)
+    assert "WARNING" not in capsys.readouterr().out
+    settings.write_text(
+        json.dumps({"target": writer | {"weights": "other", "path": "/of/another"}, "enable_thinking": True})
+    )
+    run_training(config)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
+    assert len(said) == 2 and "/of/another" in said[0] and "--config.data.enable_thinking=True" in said[1]
 
 
 def test_how_a_run_ends(capsys):
