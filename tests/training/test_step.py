@@ -116,7 +116,7 @@ def test_features_computed_before_give_the_same_step(pair, match):
     )
     shape = (*inputs.input_ids.shape, -1)
     cached = inputs.replace(features=output.features.reshape(shape), last_hidden=output.hidden.reshape(shape))
-    frozen = {"embed_tokens": pair.params["embed_tokens"]}
+    frozen = {name: pair.params[name] for name in ("embed_tokens", "lm_head") if name in pair.params}
     online, offline = step(create(), pair.params, inputs), step(create(), frozen, cached)
     for name in ("loss", "corrected_loss", "base_loss", "grad_norm"):
         np.testing.assert_allclose(offline[1][name], online[1][name], rtol=1e-5, err_msg=name)
