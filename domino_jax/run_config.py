@@ -187,6 +187,7 @@ class TrainConfig:
         eval_prompts: held-out prompts decoded each time.
         eval_max_new_tokens: token budget of each of them.
         compute_dtype: type of the drafter's activations; its weights are always float32.
+        wandb_project: Weights & Biases project that shows the metrics too; empty: none. May change along a run.
     """
 
     num_steps: int = 0
@@ -198,6 +199,7 @@ class TrainConfig:
     eval_prompts: int = 32
     eval_max_new_tokens: int = 256
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -6,6 +6,7 @@ A run that is stopped (SIGINT, SIGTERM) saves first; started again it goes on fr
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,7 +18,7 @@ from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
-from domino_jax.data.pipeline import BatchIterator, build_dataset
+from domino_jax.data.pipeline import BatchIterator, RowIndex, build_dataset
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
@@ -116,6 +117,22 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
     return draft
 
 
+@dataclass(frozen=True)
+class TrainedDraft:
+    """What `train_draft` leaves.
+
+    Attributes:
+        data: what the check of the training rows found.
+        num_steps: optimizer steps of the run, all of them done.
+        best_step: step of the exported best drafter; that of the latest is `num_steps`.
+    """
+
+    config: DraftConfig
+    data: RowIndex
+    num_steps: int
+    best_step: int
+
+
 @dataclass
 class _Training:
     """What the loop carries; local to `train_draft`."""
@@ -147,7 +164,7 @@ class _Training:
 
 def train_draft(
     config: RunConfig, folder: RunFolder, target: TargetModel, train_path: str, eval_path: str, monitor: RunMonitor
-) -> DraftConfig:
+) -> TrainedDraft:
     """Train to the last step, going on from the latest checkpoint, and export the best and the latest drafter.
 
     Raises:
@@ -178,17 +195,37 @@ def train_draft(
     run = _Training(config, folder, target, draft, batches, checkpoints, monitor, held_out, num_steps)
     try:
         state = _run_steps(run, _restore(run))
-        _export(run, state)
+        best_step = _export(run, state)
     finally:
         checkpoints.close()
-    return draft
+    return TrainedDraft(draft, index, num_steps, best_step)
+
+
+def start_state(config: RunConfig, draft: DraftConfig, target: TargetModel) -> TrainState:
+    """Return the state before the first step, from weights that are drawn or copied as the configuration says."""
+    key, params = jax.random.key(config.seed), None
+    if config.draft.initial_weights == "target":
+        params = start_from_target(init_draft_params(draft, key), draft, target.config, target.params)
+    return create_train_state(draft, config.optimizer, key, params)
+
+
+def build_train_step(
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, num_steps: int
+) -> Callable[..., tuple[TrainState, dict]]:
+    """Return the jitted train step of a run of `num_steps` steps, see `training.step.make_train_step`."""
+    return make_train_step(
+        target,
+        draft,
+        config.objective,
+        config.optimizer,
+        num_steps,
+        config.train.compute_dtype,
+        config.target.dtype,
+    )
 
 
 def _restore(run: _Training) -> TrainState:
-    key, params = jax.random.key(run.config.seed), None
-    if run.config.draft.initial_weights == "target":
-        params = start_from_target(init_draft_params(run.draft, key), run.draft, run.target.config, run.target.params)
-    state = create_train_state(run.draft, run.config.optimizer, key, params)
+    state = start_state(run.config, run.draft, run.target)
     restored = run.checkpoints.restore(state)
     if restored is not None:
         state, data_state, _ = restored
@@ -201,23 +238,15 @@ def _restore(run: _Training) -> TrainState:
 
 
 def _run_steps(run: _Training, state: TrainState) -> TrainState:
-    train, dtype = run.config.train, run.config.train.compute_dtype
-    train_step = make_train_step(
-        run.target.config,
-        run.draft,
-        run.config.objective,
-        run.config.optimizer,
-        run.num_steps,
-        dtype,
-        run.config.target.dtype,
-    )
+    train = run.config.train
+    train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps)
     first = int(state.step)
     with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
             batch = next(run.batches)
             num_tokens += int(batch.lengths.sum())
-            state, metrics = train_step(state, run.target.params, *_split(batch, run.config.data.micro_steps))
+            state, metrics = train_step(state, run.target.params, *split_batch(batch, run.config.data.micro_steps))
             is_last = step == run.num_steps
             if step % train.log_every == 0 or is_last:
                 values = {name: np.asarray(value).tolist() for name, value in metrics.items()}  # waits for the device
@@ -235,7 +264,9 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     return state
 
 
-def _split(batch: TrainBatch, micro_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def split_batch(batch: TrainBatch, micro_steps: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ids, loss mask and lengths of a batch as `[micro-steps, sequences, ...]`, as the train step takes them."""
+
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(micro_steps, -1, *x.shape[1:])
 
@@ -247,9 +278,12 @@ def _log(run: _Training, progress: StageProgress, step: int, values: dict, token
     progress.advance(loss=values["loss"], accept_len=values["accept_len"], tau=run.tau, **{"tokens/s": tokens_per_s})
 
 
-def _export(run: _Training, state: TrainState) -> None:
+def _export(run: _Training, state: TrainState) -> int:
+    """Save the latest and the best drafter and return the step of the best."""
     save_draft(str(run.folder.latest_draft), run.draft, state.params)
     best = run.checkpoints.best_step()
     chosen = state if best is None else run.checkpoints.restore(state, best)[0]
     save_draft(str(run.folder.best_draft), run.draft, chosen.params)
-    run.monitor.say(f"drafters: {run.folder.best_draft} (step {best or int(state.step)}), {run.folder.latest_draft}")
+    best = best or int(state.step)
+    run.monitor.say(f"drafters: {run.folder.best_draft} (step {best}), {run.folder.latest_draft}")
+    return best

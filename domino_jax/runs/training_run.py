@@ -20,6 +20,7 @@ from domino_jax.runs.folder import RunError, RunFolder, open_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, regenerate
+from domino_jax.runs.wandb_log import WandbLog, load_wandb
 from domino_jax.training.draft_init import check_start
 
 
@@ -35,6 +36,8 @@ def run_training(config: RunConfig) -> None:
     folder = open_run(config)
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
+        if config.train.wandb_project:
+            monitor.also_log_to(WandbLog(config, folder, monitor.say))
         train_path, eval_path = config.data.train_path, config.data.eval_path
         if config.corpus:
             build_corpus(config, config.corpus, folder, monitor)
@@ -53,12 +56,14 @@ def check_run(config: RunConfig) -> None:
     """Refuse, before the first minute is spent, what a later stage would refuse.
 
     Raises:
-        RunError: a file of chats is missing, or held-out answers leave no room for a prompt.
+        RunError: a file of chats or a package is missing, or held-out answers leave no room for a prompt.
         ConfigError: drafter or sequences do not fit the target that the run builds.
     """
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():
             raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
+    if config.train.wandb_project:
+        load_wandb()
     if config.corpus:
         budget, context = config.train.eval_max_new_tokens, config.corpus.max_length
         length = config.data.max_length
