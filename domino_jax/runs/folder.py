@@ -14,7 +14,6 @@ from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
 
-
 _FREE_SETTINGS = {"train": ("wandb_project",)}
 """Settings, by part of the configuration, that say where metrics are shown; no result ever depends on them."""
 

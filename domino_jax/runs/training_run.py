@@ -88,6 +88,18 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
+    path = find_target(config, folder)
+    target_config, params = load_target(path, config.target.dtype)
+    return TargetModel(path, target_config, params, load_tokenizer(path))
+
+
+def find_target(config: RunConfig, folder: RunFolder) -> str:
+    """Return the directory of the run's target, whose context is long enough for the run's sequences.
+
+    Raises:
+        ConfigError: it is not.
+        CheckpointError: the directory or hub id cannot be used.
+    """
     path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
     context_len = read_target_config(path)[0].max_position_embeddings
     require(
@@ -95,8 +107,7 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
         f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
         f"give --config.data.max_length={context_len} or less",
     )
-    target_config, params = load_target(path, config.target.dtype)
-    return TargetModel(path, target_config, params, load_tokenizer(path))
+    return path
 
 
 def _answer_prompts(
