@@ -17,6 +17,7 @@ from domino_jax.runs.embedded import (
     read_corpus_chats,
 )
 from domino_jax.runs.folder import RunError, RunFolder, open_run
+from domino_jax.runs.model_card import write_model_cards
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, regenerate
@@ -46,8 +47,9 @@ def run_training(config: RunConfig) -> None:
         if config.corpus:
             _answer_prompts(config, config.corpus, folder, target, monitor)
             train_path, eval_path = str(folder.responses), str(folder.eval_chats)
-        train_draft(config, folder, target, train_path, eval_path, monitor)
-        write_report(config, folder, target, eval_path, monitor)
+        trained = train_draft(config, folder, target, train_path, eval_path, monitor)
+        numbers = write_report(config, folder, target, eval_path, monitor)
+        write_model_cards(config, folder, trained, numbers)
     finally:
         monitor.close()
 
