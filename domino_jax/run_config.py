@@ -213,6 +213,7 @@ class TrainConfig:
         eval_max_new_tokens: token budget of each of them.
         max_skipped: updates skipped in a row, because they were not finite, that stop the run.
         compute_dtype: type of the drafter's activations; its weights are always float32.
+        wandb_project: Weights & Biases project that shows the metrics too; empty: none. May change along a run.
     """
 
     num_steps: int = 0
@@ -225,6 +226,7 @@ class TrainConfig:
     eval_max_new_tokens: int = 256
     max_skipped: int = 10
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    wandb_project: str = ""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -3,7 +3,8 @@
     python scripts/convert_checkpoint.py --source DIR_OR_ID --output DIR [--dtype stored|float32|bfloat16|float16]
 
 Whether it is a target or a drafter is read from `config.json`; every tensor is checked by name and shape on the way.
-Tokenizer and generation files are copied along; fields of `config.json` that this project does not know are kept.
+Tokenizer and generation files and the model card are copied along; fields of `config.json` that this project does not
+know are kept.
 """
 
 import argparse
@@ -29,7 +30,10 @@ from domino_jax.checkpoints.safetensors_io import (
     read_json_object,
 )
 
-SIDE_FILES = ("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "generation_config.json", "*.jinja")
+SIDE_FILES = (
+    *("tokenizer*", "vocab*", "merges*", "special_tokens_map.json", "generation_config.json", "*.jinja"),
+    "README.md",
+)
 
 
 def convert(source: str, output: Path, dtype: str) -> str:

@@ -8,7 +8,7 @@ import tomllib
 
 import pytest
 
-from domino_jax.config_flags import parse_config
+from domino_jax.config_flags import parse_command_line
 
 VOCABULARY = [
     *"target draft anchor block slot context round accepted bonus committed".split(),
@@ -51,10 +51,11 @@ def test_programs_of_the_commands_exist(repository, readme):
 
 def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
     monkeypatch.chdir(repository)
+    flags = load_program(repository / "train.py").FLAGS
     commands = [c for c in shell_commands(readme) if c.startswith("python train.py") and "--help" not in c]
     assert len(commands) >= 4
     for command in commands:
-        assert parse_config(shlex.split(command)[2:]).name
+        assert parse_command_line(shlex.split(command)[2:], flags).config.name
 
 
 def load_program(path):
@@ -106,5 +107,5 @@ def test_licence_is_apache(repository):
 
 def test_extras_are_declared(repository):
     project = tomllib.loads((repository / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert {"cuda12", "tpu", "serve", "eval", "dev"} <= set(project["optional-dependencies"])
+    assert {"cuda12", "tpu", "serve", "eval", "wandb", "dev"} <= set(project["optional-dependencies"])
     assert not any("[" in requirement.partition(";")[0] for requirement in project["dependencies"])

@@ -6,6 +6,7 @@ A run that is stopped (SIGINT, SIGTERM) saves first; started again it goes on fr
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -17,7 +18,7 @@ from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
-from domino_jax.data.pipeline import BatchIterator, build_dataset
+from domino_jax.data.pipeline import BatchIterator, RowIndex, build_dataset
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
@@ -120,6 +121,22 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
     return draft
 
 
+@dataclass(frozen=True)
+class TrainedDraft:
+    """What `train_draft` leaves.
+
+    Attributes:
+        data: what the check of the training rows found.
+        num_steps: optimizer steps of the run, all of them done.
+        best_step: step of the exported best drafter; that of the latest is `num_steps`.
+    """
+
+    config: DraftConfig
+    data: RowIndex
+    num_steps: int
+    best_step: int
+
+
 @dataclass
 class _Training:
     """What the loop carries; local to `train_draft`."""
@@ -152,7 +169,7 @@ class _Training:
 
 def train_draft(
     config: RunConfig, folder: RunFolder, target: TargetModel, train_path: str, eval_path: str, monitor: RunMonitor
-) -> DraftConfig:
+) -> TrainedDraft:
     """Train to the last step, going on from the latest checkpoint, and export the best and the latest drafter.
 
     Raises:
@@ -184,10 +201,25 @@ def train_draft(
     run = _Training(config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps)
     try:
         state = _run_steps(run, _restore(run))
-        _export(run, state)
+        best_step = _export(run, state)
     finally:
         checkpoints.close()
-    return draft
+    return TrainedDraft(draft, index, num_steps, best_step)
+
+
+def build_train_step(
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, num_steps: int
+) -> Callable[..., tuple[TrainState, dict]]:
+    """Return the jitted train step of a run of `num_steps` steps, see `training.step.make_train_step`."""
+    return make_train_step(
+        target,
+        draft,
+        config.objective,
+        config.optimizer,
+        num_steps,
+        config.train.compute_dtype,
+        config.target.dtype,
+    )
 
 
 def start_state(config: RunConfig, draft: DraftConfig, target: TargetModel) -> TrainState:
@@ -216,16 +248,8 @@ def _restore(run: _Training) -> TrainState:
 
 
 def _run_steps(run: _Training, state: TrainState) -> TrainState:
-    train, dtype = run.config.train, run.config.train.compute_dtype
-    train_step = make_train_step(
-        run.target.config,
-        run.draft,
-        run.config.objective,
-        run.config.optimizer,
-        run.num_steps,
-        dtype,
-        run.config.target.dtype,
-    )
+    train = run.config.train
+    train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps)
     first = int(state.step)
     skips = _SkipWatch(run)
     with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
@@ -305,9 +329,12 @@ def _log(run: _Training, progress: StageProgress, step: int, values: dict, token
     progress.advance(loss=values["loss"], accept_len=values["accept_len"], tau=run.tau, **{"tokens/s": tokens_per_s})
 
 
-def _export(run: _Training, state: TrainState) -> None:
+def _export(run: _Training, state: TrainState) -> int:
+    """Save the latest and the best drafter and return the step of the best."""
     save_draft(str(run.folder.latest_draft), run.draft, state.params)
     best = run.checkpoints.best_step()
     chosen = state if best is None else run.checkpoints.restore(state, best)[0]
     save_draft(str(run.folder.best_draft), run.draft, chosen.params)
-    run.monitor.say(f"drafters: {run.folder.best_draft} (step {best or int(state.step)}), {run.folder.latest_draft}")
+    best = best or int(state.step)
+    run.monitor.say(f"drafters: {run.folder.best_draft} (step {best}), {run.folder.latest_draft}")
+    return best

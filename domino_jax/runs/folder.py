@@ -14,6 +14,9 @@ from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
 
+_FREE_SETTINGS = {"train": ("wandb_project",)}
+"""Settings, by part of the configuration, that say where metrics are shown; no result ever depends on them."""
+
 
 class RunError(ValueError):
     """A run that cannot start or go on; the message says why and what to do."""
@@ -76,6 +79,11 @@ class RunFolder:
         return self.root / "metrics.jsonl"
 
     @property
+    def wandb(self) -> Path:
+        """Which Weights & Biases run shows the metrics, and up to which step of each stage (JSON)."""
+        return self.root / "wandb.json"
+
+    @property
     def report(self) -> Path:
         """The report's folder: `report.md`, plots, raw rows, coloured samples."""
         return self.root / "report"
@@ -89,20 +97,39 @@ def open_run(config: RunConfig) -> RunFolder:
     Raises:
         RunError: a result in the folder comes from another configuration; the message lists every difference.
     """
-    folder = RunFolder(Path(config.output_dir) / config.name)
+    folder = find_run(config)
     folder.root.mkdir(parents=True, exist_ok=True)
-    now = json.loads(json.dumps(to_json_dict(config)))
+    write_text(folder.config, json.dumps(to_json_dict(config), indent=2) + "\n")
+    return folder
+
+
+def find_run(config: RunConfig) -> RunFolder:
+    """Return the paths of the run without writing anything.
+
+    Raises:
+        RunError: as `open_run`.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
     if folder.config.exists():
-        stored = json.loads(folder.config.read_text())
+        now = json.loads(json.dumps(to_json_dict(config)))
         fixed = _fixed_parts(folder, now)
-        differences = diff_configs({k: v for k, v in stored.items() if k in fixed}, {k: now[k] for k in fixed})
+        stored = _choose_parts(json.loads(folder.config.read_text()), fixed)
+        differences = diff_configs(stored, _choose_parts(now, fixed))
         if differences:
             raise RunError(
                 f"{folder.root} holds results of another configuration; go on with the same one, give this run another "
                 "--config.name, or remove the folder:\n  " + "\n  ".join(differences)
             )
-    write_text(folder.config, json.dumps(now, indent=2) + "\n")
     return folder
+
+
+def _choose_parts(config: dict[str, Any], parts: set[str]) -> dict[str, Any]:
+    """Return the parts of a configuration that are named, without the settings that no result depends on."""
+    chosen = {name: value for name, value in config.items() if name in parts}
+    for part, names in _FREE_SETTINGS.items():
+        if part in chosen:
+            chosen[part] = {name: value for name, value in chosen[part].items() if name not in names}
+    return chosen
 
 
 def _fixed_parts(folder: RunFolder, config: dict[str, Any]) -> set[str]:

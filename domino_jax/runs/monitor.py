@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -42,6 +42,17 @@ class StageProgress:
             self._console.print(f"{self._name}: {self._done}/{self._total}  {text}  left {_clock(left_s)}")
 
 
+@runtime_checkable
+class MetricLog(Protocol):
+    """Another place that shows metric rows."""
+
+    def send(self, row: Mapping[str, Any]) -> None:
+        """Show one row."""
+
+    def close(self) -> None:
+        """Show nothing more."""
+
+
 class RunMonitor:
     """Progress and metrics of a run.
 
@@ -57,6 +68,11 @@ class RunMonitor:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)
         self._tensorboard_dir = tensorboard_dir
         self._writer = SummaryWriter(str(tensorboard_dir)) if tensorboard_dir else None
+        self._other_log: MetricLog | None = None
+
+    def also_log_to(self, log: MetricLog) -> None:
+        """Send every further row to `log` too, and close it at the end."""
+        self._other_log = log
 
     def say(self, text: str) -> None:
         """Print a message."""
@@ -69,11 +85,13 @@ class RunMonitor:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         self._show(row)
+        if self._other_log:
+            self._other_log.send(row)
 
     def _show(self, row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            if self._writer and name not in ("stage", "step") and isinstance(value, int | float):
-                self._writer.add_scalar(f"{row['stage']}/{name}", value, row["step"])
+        if self._writer:
+            for name, value in choose_scalars(row).items():
+                self._writer.add_scalar(name, value, row["step"])
 
     def drop_rows_after(self, stage: str, step: int) -> None:
         """Forget rows of `stage` past `step`, and a row that an interruption cut: a run that resumes writes them again.
@@ -117,9 +135,20 @@ class RunMonitor:
             yield StageProgress(name, total, done, self.console, bar)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard and the other log."""
         if self._writer:
             self._writer.close()
+        if self._other_log:
+            self._other_log.close()
+
+
+def choose_scalars(row: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return the single numbers of a metric row as `stage/name`, its step left out."""
+    return {
+        f"{row['stage']}/{name}": value
+        for name, value in row.items()
+        if name not in ("stage", "step") and isinstance(value, int | float)
+    }
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

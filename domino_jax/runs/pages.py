@@ -19,10 +19,10 @@ _LEGEND = {
     "bonus": "the target's bonus after a wholly accepted block",
 }
 
+_TOKEN_STYLE = "color:#111;border-right:1px solid #fff;border-radius:3px;padding:0 1px"
 _STYLE = """
 body{font:16px/1.5 system-ui;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
 pre{white-space:pre-wrap;background:#fafafa;padding:.6rem;border:1px solid #ddd}
-span{border-right:1px solid #fff;border-radius:3px;padding:0 1px}
 """
 
 
@@ -109,22 +109,32 @@ def _cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 
+def colour_tokens(tokens: Sequence[tuple[str, str]]) -> str:
+    """Return new tokens, given as (text, who wrote it), as one coloured line of HTML; line breaks need a `<pre>`."""
+    return "".join(
+        f'<span style="background:{_COLOURS[source]};{_TOKEN_STYLE}" title="{source}">{html.escape(text)}</span>'
+        for text, source in tokens
+    )
+
+
+def colour_legend() -> str:
+    """Return what the colours of `colour_tokens` mean, as HTML."""
+    return " ".join(
+        f'<span style="background:{_COLOURS[name]};{_TOKEN_STYLE}">{html.escape(_LEGEND[name])}</span>'
+        for name in _COLOURS
+    )
+
+
 def render_samples(samples: Sequence[Mapping[str, Any]]) -> str:
     """Return a page of answers; a sample has `prompt`, `tokens` (text, source), `tau` and `is_right`."""
-    legend = " ".join(
-        f'<span style="background:{_COLOURS[name]}">{html.escape(_LEGEND[name])}</span>' for name in _COLOURS
-    )
     parts = [
         "<!doctype html><meta charset='utf-8'><meta name='viewport' content='width=device-width'>",
         "<title>Who wrote each token</title>",
         f"<style>{_STYLE}</style>",
-        f"<h1>Who wrote each token</h1><p>{legend}</p>",
+        f"<h1>Who wrote each token</h1><p>{colour_legend()}</p>",
     ]
     for sample in samples:
-        tokens = "".join(
-            f'<span style="background:{_COLOURS[source]}" title="{source}">{html.escape(text)}</span>'
-            for text, source in sample["tokens"]
-        )
+        tokens = colour_tokens(sample["tokens"])
         tau = "no round" if sample["tau"] is None else f"{sample['tau']:.2f} tokens a round"
         verdict = {True: "right", False: "wrong", None: "not checked"}[sample["is_right"]]
         parts.append(f"<pre>{html.escape(sample['prompt'])}</pre><pre>{tokens}</pre><p>answer {verdict}; {tau}</p>")

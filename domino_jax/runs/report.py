@@ -4,8 +4,11 @@ Everything in it is computed from rows that lie beside it (decoded prompts of bo
 run's metrics), so that it can be recomputed and checked.
 """
 
+import json
+import math
+import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from domino_jax.evaluation.metrics import (
     repeated_ngram_share,
     summarise,
     tau_over_prompts,
+    tau_over_rounds,
 )
 from domino_jax.evaluation.prompts import Prompt
 from domino_jax.run_config import RunConfig
@@ -39,6 +43,33 @@ _BATCH = 32
 _WIDTHS = (4, 6, 8, 12)
 _NUM_SAMPLES = 6
 _SAMPLED = SamplingConfig(temperature=0.7, seed=1)
+
+
+@dataclass(frozen=True)
+class ReportNumbers:
+    """What a report measured of the best drafter; None stands for what could not be measured.
+
+    Attributes:
+        device: kind of the device, and how many there are.
+        num_prompts: held-out prompts decoded.
+        max_new_tokens: token budget of each of them.
+        quality: a row for each way of decoding: identity, exact match, repeated 4-grams, tau.
+        tau: greedy, by `head on` and `head off` (absent without a head); each with `prompts` and `rounds`.
+        slots: share of the rounds that accept drafted token i, by the same names.
+        widths: a row for each block width: tau and speed at batch 1.
+        reference_repeats: repeated 4-grams in the right answers.
+    """
+
+    device: str
+    jax_version: str
+    python_version: str
+    num_prompts: int
+    max_new_tokens: int
+    quality: list[dict[str, Any]]
+    tau: dict[str, dict[str, float | None]]
+    slots: dict[str, list[float | None]]
+    widths: list[dict[str, Any]]
+    reference_repeats: float | None
 
 
 @dataclass(frozen=True)
@@ -74,56 +105,82 @@ class _Subject:
 
 def write_report(
     config: RunConfig, folder: RunFolder, target: TargetModel, eval_path: str, monitor: RunMonitor
-) -> None:
+) -> ReportNumbers | None:
     """Measure the best drafter on held-out prompts and write `report/report.md` with its plots, rows and samples.
 
-    Without held-out chats the report holds the training curves only. A report that is there is left alone.
+    Return the numbers, which lie in `report/numbers.json` too. Without held-out chats the report holds the training
+    curves only, and there are none. A report that is there is left alone.
     """
-    path = folder.report / "report.md"
-    if path.exists():
+    path, numbers_path = folder.report / "report.md", folder.report / "numbers.json"
+    if path.exists() and (numbers_path.exists() or not eval_path):
         monitor.say(f"report: {path}")
-        return
+        return ReportNumbers(**json.loads(numbers_path.read_text(encoding="utf-8"))) if eval_path else None
     limit = config.corpus.num_eval_chats if config.corpus else 4 * config.train.eval_prompts
     held_out = read_held_out(config, eval_path, target, limit, monitor)
     metrics = read_rows(folder.metrics)
     if held_out is None:
         plots = plot_metrics(metrics, {}, folder.report)
         write_text(path, _join([f"# Run {config.name}", "No held-out chats: nothing was decoded.", *_images(plots)]))
-        return
+        return None
     draft = load_draft(str(folder.best_draft), "float32")
     decoder = Decoder(target.config, target.params, draft.config, draft.params, config.target.dtype)
     chats = read_corpus_chats(folder.eval_chats) if config.corpus else []
     chats = [chats[line_no - 1] for line_no in held_out.line_nos] if chats else []
     subject = _Subject(config, folder, target, decoder, held_out, chats, monitor)
-    text = _report_text(subject, metrics)
+    numbers = _measure_all(subject)
+    plots = plot_metrics(metrics, _plotted_slots(numbers), folder.report)
+    text = _report_text(config.name, numbers, plots)
+    write_text(numbers_path, json.dumps(asdict(numbers), indent=2) + "\n")
     write_text(path, text)
     monitor.say(text)
     monitor.say(f"report: {path}")
+    return numbers
 
 
-def _report_text(subject: _Subject, metrics: list[dict[str, Any]]) -> str:
+def _measure_all(subject: _Subject) -> ReportNumbers:
+    """Decode everything that the report tells; rows and coloured samples land in its folder."""
     prompts = subject.held_out.prompt_ids
     greedy = subject.measure("greedy", prompts, batch_size=_BATCH)
     sampled = subject.measure("sampled", prompts, batch_size=_BATCH, sampling=_SAMPLED)
     widths = _time_widths(subject, prompts[:_TIMED_PROMPTS])
-    has_head = subject.decoder.settings.draft.has_head
-    head_off = _decode_head_off(subject) if has_head else None
-    slots = {"head on": _slot_shares(summarise(greedy))}
-    if head_off:
-        slots["head off"] = head_off["slots"]
-    plots = plot_metrics(metrics, slots, subject.folder.report)
+    table = summarise(greedy)
+    tau = {"head on": {"prompts": table["tau_prompts"], "rounds": table["tau_rounds"]}}
+    slots = {"head on": [slot.share for slot in table["acceptance_by_slot"]]}
+    if subject.decoder.settings.draft.has_head:
+        tau["head off"], slots["head off"] = _decode_head_off(subject)
     write_text(subject.folder.report / "samples.html", render_samples(_samples(subject, greedy)))
+    devices = jax.devices()
+    return ReportNumbers(
+        device=devices[0].device_kind + (f" x {len(devices)}" if len(devices) > 1 else ""),
+        jax_version=jax.__version__,
+        python_version=platform.python_version(),
+        num_prompts=len(prompts),
+        max_new_tokens=subject.held_out.max_new_tokens,
+        quality=[_quality_row(subject, "greedy", greedy), _quality_row(subject, "T = 0.7", sampled)],
+        tau=tau,
+        slots=slots,
+        widths=widths,
+        reference_repeats=_reference_repeats(subject),
+    )
+
+
+def _plotted_slots(numbers: ReportNumbers) -> dict[str, list[float]]:
+    return {name: [math.nan if s is None else s for s in shares] for name, shares in numbers.slots.items()}
+
+
+def _report_text(name: str, numbers: ReportNumbers, plots: Sequence[str]) -> str:
     sections = [
-        f"# Run {subject.config.name}",
-        f"Device: {jax.devices()[0].device_kind}, jax {jax.__version__}. {len(prompts)} held-out prompts, at most "
-        f"{subject.held_out.max_new_tokens} new tokens each. Rows: `rows_*.jsonl`; settings: `../config.json`.",
+        f"# Run {name}",
+        f"Device: {numbers.device}, jax {numbers.jax_version}. {numbers.num_prompts} held-out prompts, at most "
+        f"{numbers.max_new_tokens} new tokens each. Rows: `rows_*.jsonl`; numbers: `numbers.json`; settings: "
+        "`../config.json`.",
         "## Text and acceptance",
-        render_table([_quality_row(subject, "greedy", greedy), _quality_row(subject, "T = 0.7", sampled)]),
-        *_reference_sentences(subject),
-        _head_sentence(summarise(greedy), head_off),
+        render_table(numbers.quality),
+        *_reference_sentences(numbers),
+        _head_sentence(numbers),
         "## Speed at batch 1, greedy",
-        render_table(widths),
-        _best_sentence(widths),
+        render_table(numbers.widths),
+        best_width_sentence(numbers.widths),
         "## Plots",
         *_images(plots),
         "Answers coloured by who wrote each token: [samples.html](samples.html)",
@@ -145,13 +202,19 @@ def _quality_row(subject: _Subject, name: str, rows: list[Row]) -> dict[str, Any
     }
 
 
-def _reference_sentences(subject: _Subject) -> list[str]:
+def _reference_sentences(numbers: ReportNumbers) -> list[str]:
     """Say how much the right answers repeat themselves: text that repeats is easy to draft."""
-    if not subject.chats:
+    if numbers.reference_repeats is None:
         return []
+    return [f"Repeated 4-grams in the right answers themselves: {numbers.reference_repeats:.3g}."]
+
+
+def _reference_repeats(subject: _Subject) -> float | None:
+    if not subject.chats:
+        return None
     encode = subject.target.tokenizer
     shares = [repeated_ngram_share(encode(chat.messages[-1]["content"])["input_ids"]) for chat in subject.chats]
-    return [f"Repeated 4-grams in the right answers themselves: {sum(shares) / len(shares):.3g}."]
+    return sum(shares) / len(shares)
 
 
 def _exact_match(subject: _Subject, rows: list[Row], field: str) -> float | None:
@@ -167,7 +230,8 @@ def _is_right(subject: _Subject, index: int, output_ids: Sequence[int]) -> bool:
     return check_answer(subject.chats[index], answer)
 
 
-def _decode_head_off(subject: _Subject) -> dict[str, Any]:
+def _decode_head_off(subject: _Subject) -> tuple[dict[str, float | None], list[float | None]]:
+    """Return both means of tau, and acceptance by slot, of greedy decoding from the base logits alone."""
     generations = decode_held_out(subject.decoder, subject.held_out, use_head=False, batch_size=_BATCH)
     slots = acceptance_by_slot(
         [g.stats.acceptance_lengths for g in generations],
@@ -175,17 +239,17 @@ def _decode_head_off(subject: _Subject) -> dict[str, Any]:
         [subject.held_out.max_new_tokens] * len(generations),
         [decoded_tokens(g.output_ids) for g in generations],
     )
-    return {"tau": tau_over_prompts(tokens_by_round(generations)), "slots": [slot.share or 0.0 for slot in slots]}
+    lengths = tokens_by_round(generations)
+    tau = {"prompts": tau_over_prompts(lengths), "rounds": tau_over_rounds(lengths)}
+    return tau, [slot.share for slot in slots]
 
 
-def _slot_shares(table: dict[str, Any]) -> list[float]:
-    return [slot.share or 0.0 for slot in table["acceptance_by_slot"]]
-
-
-def _head_sentence(table: dict[str, Any], head_off: dict[str, Any] | None) -> str:
-    if head_off is None:
+def _head_sentence(numbers: ReportNumbers) -> str:
+    if "head off" not in numbers.tau:
         return "The drafter has no head."
-    on, off = table["tau_prompts"], head_off["tau"]
+    on, off = (numbers.tau[name]["prompts"] for name in ("head on", "head off"))
+    if on is None or off is None:
+        return "Nothing was decoded past the first token: tau cannot be given."
     return f"tau with the head on is {on:.3f}, off {off:.3f}: {100 * (on / off - 1):+.1f} %."
 
 
@@ -210,7 +274,8 @@ def _time_widths(subject: _Subject, prompts: list[list[int]]) -> list[dict[str, 
     return results
 
 
-def _best_sentence(widths: list[dict[str, Any]]) -> str:
+def best_width_sentence(widths: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence that names the fastest block width of a report and its speed-up."""
     measured = [row for row in widths if row["speed-up"] is not None]
     if not measured:
         return "Nothing was decoded past the first token: no speed can be given."

@@ -18,10 +18,12 @@ from domino_jax.runs.embedded import (
     read_corpus_chats,
 )
 from domino_jax.runs.folder import RunError, RunFolder, open_run, write_text
+from domino_jax.runs.model_card import write_model_cards
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
+from domino_jax.runs.wandb_log import WandbLog, load_wandb
 from domino_jax.training.draft_init import check_start
 
 
@@ -37,6 +39,8 @@ def run_training(config: RunConfig) -> None:
     folder = open_run(config)
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
+        if config.train.wandb_project:
+            monitor.also_log_to(WandbLog(config, folder, monitor.say))
         train_path, eval_path = config.data.train_path, config.data.eval_path
         if config.corpus:
             build_corpus(config, config.corpus, folder, monitor)
@@ -45,9 +49,10 @@ def run_training(config: RunConfig) -> None:
         if config.corpus:
             _answer_prompts(config, config.corpus, folder, target, monitor)
             train_path, eval_path = str(folder.responses), str(folder.eval_chats)
-        warn_of_mismatches(config, train_path, target, monitor)
-        train_draft(config, folder, target, train_path, eval_path, monitor)
-        write_report(config, folder, target, eval_path, monitor)
+        warnings = warn_of_mismatches(config, train_path, target, monitor)
+        trained = train_draft(config, folder, target, train_path, eval_path, monitor)
+        numbers = write_report(config, folder, target, eval_path, monitor)
+        write_model_cards(config, folder, trained, numbers, warnings)
     finally:
         monitor.close()
 
@@ -56,12 +61,14 @@ def check_run(config: RunConfig) -> None:
     """Refuse, before the first minute is spent, what a later stage would refuse.
 
     Raises:
-        RunError: a file of chats is missing, or held-out answers leave no room for a prompt.
+        RunError: a file of chats or a package is missing, or held-out answers leave no room for a prompt.
         ConfigError: drafter or sequences do not fit the target that the run builds.
     """
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():
             raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
+    if config.train.wandb_project:
+        load_wandb()
     if config.corpus:
         budget, context = config.train.eval_max_new_tokens, config.corpus.max_length
         length = config.data.max_length
@@ -86,6 +93,18 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
+    path = find_target(config, folder)
+    target_config, params = load_target(path, config.target.dtype)
+    return TargetModel(path, target_config, params, load_tokenizer(path))
+
+
+def find_target(config: RunConfig, folder: RunFolder) -> str:
+    """Return the directory of the run's target, whose context is long enough for the run's sequences.
+
+    Raises:
+        ConfigError: it is not.
+        CheckpointError: the directory or hub id cannot be used.
+    """
     path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
     context_len = read_target_config(path)[0].max_position_embeddings
     require(
@@ -93,8 +112,7 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
         f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
         f"give --config.data.max_length={context_len} or less",
     )
-    target_config, params = load_target(path, config.target.dtype)
-    return TargetModel(path, target_config, params, load_tokenizer(path))
+    return path
 
 
 def warn_of_mismatches(config: RunConfig, train_path: str, target: TargetModel, monitor: RunMonitor) -> list[str]:

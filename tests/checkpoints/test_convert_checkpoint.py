@@ -24,6 +24,7 @@ def run_script(repository: Path):
 def test_same_tensors_come_out(golden_dir: Path, tmp_path: Path, run_script, name: str) -> None:
     shutil.copytree(golden_dir / name, tmp_path / "in")
     (tmp_path / "in" / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "in" / "README.md").write_text("# A card\n")
     assert run_script(["--source", str(tmp_path / "in"), "--output", str(tmp_path / "out")]) == 0
     stored = {}
     for file in (tmp_path / "in").glob("*.safetensors"):
@@ -31,6 +32,7 @@ def test_same_tensors_come_out(golden_dir: Path, tmp_path: Path, run_script, nam
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert {n: t.tobytes() for n, t in written.items()} == {n: t.tobytes() for n, t in stored.items()}
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{}"
+    assert (tmp_path / "out" / "README.md").read_text() == "# A card\n"
 
 
 def test_type_is_chosen_and_unknown_fields_stay(golden_dir: Path, tmp_path: Path, run_script) -> None:

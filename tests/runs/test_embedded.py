@@ -10,39 +10,8 @@ from safetensors.numpy import load_file
 
 from domino_jax.data.stdlib_chats import TASKS
 from domino_jax.runs.monitor import read_rows
+from tests.runs.small_embedded import SMALL
 
-SMALL = {
-    "corpus.num_train_chats": 240,
-    "corpus.num_draft_chats": 24,
-    "corpus.num_eval_chats": 6,
-    "corpus.vocab_size": 400,
-    "corpus.hidden_size": 32,
-    "corpus.intermediate_size": 48,
-    "corpus.num_hidden_layers": 3,
-    "corpus.num_attention_heads": 2,
-    "corpus.num_key_value_heads": 1,
-    "corpus.head_dim": 16,
-    "corpus.max_length": 320,
-    "corpus.bucket_widths": "160,288",
-    "corpus.tokens_per_batch": 576,
-    "corpus.target_steps": 8,
-    "corpus.response_batch_size": 8,
-    "corpus.response_max_new_tokens": 12,
-    "draft.block_size": 6,
-    "draft.target_layer_ids": "0,1",
-    "draft.intermediate_size": 48,
-    "draft.gru_hidden_dim": 8,
-    "draft.emb_dim": 4,
-    "data.max_length": 288,
-    "data.batch_size": 4,
-    "objective.num_anchors": 4,
-    "train.num_steps": 6,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "train.eval_every": 3,
-    "train.eval_prompts": 3,
-    "train.eval_max_new_tokens": 12,
-}
 STAGES = ("train the target:", "responses:", "train the drafter:", "report: greedy:")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,12 +12,15 @@ from dataclasses import replace
 import jax
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import ConfigError
 from domino_jax.data.chat_template import load_tokenizer
+from domino_jax.data.pipeline import build_dataset
 from domino_jax.data.responses import read_chats, write_chats
+from domino_jax.evaluation.metrics import summarise
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
@@ -91,6 +95,28 @@ def test_a_finished_run_holds_what_was_promised(finished):
     held_out = [row for row in read_rows(finished / "metrics.jsonl") if row["stage"] == "held_out"]
     assert [row["step"] for row in held_out] == [3, 6]
     assert all(1 <= row["tau"] <= 5 and 1 <= row["tau_head_off"] <= 5 for row in held_out)
+
+
+def test_the_card_holds_the_numbers_of_the_rows_and_of_the_data(material, finished):
+    card = (finished / "draft" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["library_name"] == "domino_jax" and "base_model" not in front  # a local directory is no hub id
+    assert "domino" in front["tags"] and "speculative-decoding" in front["tags"]
+    greedy = summarise(read_rows(finished / "report" / "rows_greedy.jsonl"))
+    tau = f"| head on | {greedy['tau_prompts']:.3g} | {greedy['tau_rounds']:.3g} |"
+    assert tau in card
+    for slot in greedy["acceptance_by_slot"]:
+        assert f"| {slot.slot} | {slot.share:.3g} |" in card
+    speed = summarise(read_rows(finished / "report" / "rows_width_4.jsonl"))["speed_up"]
+    assert f"| {speed.ratio:.3g} | {speed.low:.3g} | {speed.high:.3g} |" in card
+    num_tokens = build_dataset(
+        str(material / "train.jsonl"), load_tokenizer(str(material / "target")), DataConfig(max_length=48), 300, 0
+    )[1].num_tokens
+    assert f"| rows used | 20 |\n| tokens | {num_tokens:,} |" in card
+    assert "not recorded (train.jsonl.settings.json is missing)" in card
+    assert f"jax {jax.__version__}" in card and "block size | 4, 4 tokens drafted a round" in card
+    assert not re.search(r"\b(None|nan)\b", card)
+    assert (finished / "draft_latest" / "README.md").exists()
 
 
 def test_the_best_drafter_is_kept_when_a_later_one_is_worse(material, tmp_path, monkeypatch):
@@ -185,7 +211,7 @@ def test_a_run_says_what_it_left_out_of_the_data(material, tmp_path, capsys):
 
 
 def test_a_run_says_when_the_answers_are_not_its_targets(material, tmp_path, capsys, monkeypatch):
-    for stage in ("train_draft", "write_report"):
+    for stage in ("train_draft", "write_report", "write_model_cards"):
         monkeypatch.setattr(training_run_module, stage, lambda *_: None)
     data = tmp_path / "chats.jsonl"
     shutil.copyfile(material / "train.jsonl", data)
