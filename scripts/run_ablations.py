@@ -100,10 +100,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--config", default="configs/tiny.py", help="configuration of the finished run")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a finished embedded run")
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table and plot")
-    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of every drafter")
+    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of every drafter")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of an optimizer step")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--eval-prompts", type=int, default=200)
+    parser.add_argument("--eval-prompts", type=int, default=120)
     parser.add_argument("--table-only", action="store_true", help="compute table and plot from the rows that are there")
     return parser.parse_args(argv)
 
@@ -228,7 +229,8 @@ def _run_missing(arguments: argparse.Namespace, rows_path: Path) -> None:
         raise RunError(
             f"{arguments.run} holds no target and responses; run `python train.py --config {arguments.config}`"
         )
-    base = change_config(load_config_file(arguments.config), {"train.num_steps": arguments.steps})
+    changes = {"train.num_steps": arguments.steps, "data.batch_size": arguments.batch_size}
+    base = change_config(load_config_file(arguments.config), changes)
     monitor = RunMonitor(None, None)
     target = load_target_model(base, folder)
     held_out = read_held_out(base, str(folder.eval_chats), target, arguments.eval_prompts, monitor)
@@ -237,9 +239,12 @@ def _run_missing(arguments: argparse.Namespace, rows_path: Path) -> None:
         originals.write_bytes(b"".join(line for line, _ in zip(file, range(base.corpus.num_draft_chats), strict=False)))
     paths, data = {"": folder.responses, "original": originals}, {}
     done = (
-        {(row["variant"], row["seed"], row["steps"]) for row in read_rows(rows_path)} if rows_path.exists() else set()
+        {(row["variant"], row["seed"], row["steps"], row["batch_size"]) for row in read_rows(rows_path)}
+        if rows_path.exists()
+        else set()
     )
-    todo = [(s, v) for s in arguments.seeds for v in arguments.variants if (v, s, arguments.steps) not in done]
+    length = arguments.steps, arguments.batch_size
+    todo = [(s, v) for s in arguments.seeds for v in arguments.variants if (v, s, *length) not in done]
     with monitor.stage("ablations", len(todo)) as progress:
         for seed, variant in todo:
             changes = dict(VARIANTS[variant])
@@ -248,7 +253,7 @@ def _run_missing(arguments: argparse.Namespace, rows_path: Path) -> None:
             if path not in data:
                 data[path] = compute_streams(path, config, target, resolve_draft(config, target).target_layer_ids)
             result = train_and_judge(config, target, data[path], held_out)
-            row = {"variant": variant, "seed": seed, "steps": arguments.steps} | result
+            row = {"variant": variant, "seed": seed, "steps": length[0], "batch_size": length[1]} | result
             with rows_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             progress.advance(variant=variant, tau=result["tau"])
