@@ -24,7 +24,7 @@ from domino_jax.evaluation.metrics import summarise
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
-from domino_jax.runs.draft import read_held_out, resolve_draft
+from domino_jax.runs.draft import TrainingError, read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
@@ -230,6 +230,15 @@ def test_a_run_says_when_the_answers_are_not_its_targets(material, tmp_path, cap
     run_training(config)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("WARNING: ")]
     assert len(said) == 2 and "/of/another" in said[0] and "--config.data.enable_thinking=True" in said[1]
+
+
+def test_updates_that_stay_not_finite_stop_the_run_and_name_the_batch(material, tmp_path, capsys):
+    config = make_config(material, tmp_path, num_steps=20, checkpoint_every=20, eval_every=20, max_skipped=3)
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e38, warmup_ratio=0.0, clip_norm=0.0))
+    with pytest.raises(TrainingError, match=r"3 updates in a row were not finite.*step \d+ \(lines [\d, ]+ of"):
+        run_training(config)
+    said = capsys.readouterr().out
+    assert re.search(r"update skipped: step \d+ \(lines [\d, ]+ of .*\): loss \S+, gradient norm \S+; 2 in a row", said)
 
 
 def test_how_a_run_ends(capsys):
