@@ -99,7 +99,7 @@ def test_an_error_that_is_not_the_systems_is_raised_as_it_is(checkpoints, monkey
 
     with monkeypatch.context() as patched:
         patched.setattr(train_state_module, "write_manifest", fail)
-        with pytest.raises(ValueError, match="^ours$"):
+        with pytest.raises(ValueError, match="ours"):
             checkpoints.save(4, make_state(4), {}, {})
     assert_only_step_2(checkpoints)
 
@@ -158,7 +158,9 @@ def test_a_real_limit_on_file_sizes(repository, tmp_path):
 
 def may_mount() -> bool:
     mount = ["unshare", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
-    return shutil.which("unshare") is not None and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    return (
+        shutil.which("unshare") is not None and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    )
 
 
 @pytest.mark.skipif(not may_mount(), reason="no file system may be mounted here; the limit on file sizes is tested")

@@ -1,6 +1,43 @@
-"""Material that runs are tested on."""
+"""Material that runs are tested on, and the embedded run at a size of seconds as a process of its own."""
+
+import os
+import subprocess
+import sys
 
 import pytest
+
+SMALL = {
+    "corpus.num_train_chats": 240,
+    "corpus.num_draft_chats": 24,
+    "corpus.num_eval_chats": 6,
+    "corpus.vocab_size": 400,
+    "corpus.hidden_size": 32,
+    "corpus.intermediate_size": 48,
+    "corpus.num_hidden_layers": 3,
+    "corpus.num_attention_heads": 2,
+    "corpus.num_key_value_heads": 1,
+    "corpus.head_dim": 16,
+    "corpus.max_length": 320,
+    "corpus.bucket_widths": "160,288",
+    "corpus.tokens_per_batch": 576,
+    "corpus.target_steps": 8,
+    "corpus.response_batch_size": 8,
+    "corpus.response_max_new_tokens": 12,
+    "draft.block_size": 6,
+    "draft.target_layer_ids": "0,1",
+    "draft.intermediate_size": 48,
+    "draft.gru_hidden_dim": 8,
+    "draft.emb_dim": 4,
+    "data.max_length": 288,
+    "data.batch_size": 4,
+    "objective.num_anchors": 4,
+    "train.num_steps": 6,
+    "train.log_every": 1,
+    "train.checkpoint_every": 2,
+    "train.eval_every": 3,
+    "train.eval_prompts": 3,
+    "train.eval_max_new_tokens": 12,
+}
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +67,41 @@ def material(tmp_path_factory):
     write_chats(root / "train.jsonl", chats[:20])
     write_chats(root / "eval.jsonl", chats[20:])
     return root
+
+
+@pytest.fixture(scope="session")
+def start_tiny(repository):
+    """Start `train.py` on the small embedded run; settings override it, programs compiled once are kept in `cache`."""
+
+    def start(output_dir, cache=None, before=(), stdout=subprocess.PIPE, **changes):
+        overrides = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+        command = [sys.executable, "train.py", "--config", "configs/tiny.py", f"--config.output_dir={output_dir}"]
+        environment = os.environ | {"PYTHONPATH": str(repository)}
+        if cache:
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+        return subprocess.Popen(
+            [*before, *command, *overrides],
+            cwd=repository,
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """Wait for a run that was started and return what it said."""
+
+    def finish(process):
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        return said
+
+    return finish

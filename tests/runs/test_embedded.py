@@ -1,8 +1,5 @@
 """The embedded default from corpus to report at a size of seconds, killed in every stage and started again."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -10,59 +7,13 @@ from safetensors.numpy import load_file
 from domino_jax.data.stdlib_chats import TASKS
 from domino_jax.runs.monitor import read_rows
 
-SMALL = {
-    "corpus.num_train_chats": 240,
-    "corpus.num_draft_chats": 24,
-    "corpus.num_eval_chats": 6,
-    "corpus.vocab_size": 400,
-    "corpus.hidden_size": 32,
-    "corpus.intermediate_size": 48,
-    "corpus.num_hidden_layers": 3,
-    "corpus.num_attention_heads": 2,
-    "corpus.num_key_value_heads": 1,
-    "corpus.head_dim": 16,
-    "corpus.max_length": 320,
-    "corpus.bucket_widths": "160,288",
-    "corpus.tokens_per_batch": 576,
-    "corpus.target_steps": 8,
-    "corpus.response_batch_size": 8,
-    "corpus.response_max_new_tokens": 12,
-    "draft.block_size": 6,
-    "draft.target_layer_ids": "0,1",
-    "draft.intermediate_size": 48,
-    "draft.gru_hidden_dim": 8,
-    "draft.emb_dim": 4,
-    "data.max_length": 288,
-    "data.batch_size": 4,
-    "objective.num_anchors": 4,
-    "train.num_steps": 6,
-    "train.log_every": 1,
-    "train.checkpoint_every": 2,
-    "train.eval_every": 3,
-    "train.eval_prompts": 3,
-    "train.eval_max_new_tokens": 12,
-}
 STAGES = ("train the target:", "responses:", "train the drafter:", "report: greedy:")
 
 
-def start(repository, output_dir, **changes):
-    overrides = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
-    command = [sys.executable, "train.py", "--config", "configs/tiny.py", f"--config.output_dir={output_dir}"]
-    return subprocess.Popen(
-        command + overrides, cwd=repository, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process):
-    said, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    return said
-
-
 @pytest.fixture(scope="module")
-def undisturbed(repository, tmp_path_factory):
+def undisturbed(start_tiny, finish, tmp_path_factory):
     output = tmp_path_factory.mktemp("undisturbed")
-    said = finish(start(repository, output))
+    said = finish(start_tiny(output))
     return output / "tiny", said
 
 
@@ -82,17 +33,17 @@ def test_a_run_leaves_everything_that_was_promised(undisturbed):
 
 
 @pytest.mark.slow
-def test_killed_in_every_stage_it_ends_with_the_same_bits(repository, undisturbed, tmp_path):
+def test_killed_in_every_stage_it_ends_with_the_same_bits(start_tiny, finish, undisturbed, tmp_path):
     whole, _ = undisturbed
     for marker in STAGES:
-        process = start(repository, tmp_path)
+        process = start_tiny(tmp_path)
         for line in process.stdout:
             if line.startswith(marker):
                 break
         process.kill()
         process.stdout.close()
         process.wait(timeout=60)
-    finish(start(repository, tmp_path))
+    finish(start_tiny(tmp_path))
     folder = tmp_path / "tiny"
     for name in ("target", "draft", "draft_latest"):
         before, after = load_file(whole / name / "model.safetensors"), load_file(folder / name / "model.safetensors")
@@ -108,7 +59,7 @@ def test_killed_in_every_stage_it_ends_with_the_same_bits(repository, undisturbe
 
 
 @pytest.mark.slow
-def test_mistakes_are_found_before_anything_is_built(repository, tmp_path):
+def test_mistakes_are_found_before_anything_is_built(start_tiny, tmp_path):
     for override, said in (
         ({"draft.target_layer_ids": "9"}, "the target has layers 0 .. 2"),
         ({"train.eval_max_new_tokens": 320}, "prompt and answer share corpus.max_length 320"),
@@ -116,7 +67,7 @@ def test_mistakes_are_found_before_anything_is_built(repository, tmp_path):
         ({"draft.intermediate_size": 64}, "intermediate_size is 64, the target's is 48"),
         ({"draft.block_sise": 3}, "block_size"),
     ):
-        process = start(repository, tmp_path, **override)
+        process = start_tiny(tmp_path, **override)
         out, _ = process.communicate(timeout=120)
         assert process.returncode == 2 and said in out and "Traceback" not in out, out
     assert not (tmp_path / "tiny").exists()
