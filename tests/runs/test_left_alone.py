@@ -57,10 +57,17 @@ class Run:
         return checkpoints.is_dir() and any(".partial" in name for name in os.listdir(checkpoints))
 
 
+def leave_out_report(folder):
+    """Have a report lie there, which a run leaves alone: its decodes say nothing here and take as long as the rest."""
+    (folder / "report").mkdir(parents=True)
+    (folder / "report" / "report.md").write_text("left out\n")
+
+
 @pytest.fixture(scope="module")
 def whole(start_tiny, finish, tmp_path_factory):
     """An undisturbed run, the folder of programs it compiled, and the seconds one of its steps took."""
     output, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache")
+    leave_out_report(output / "tiny")
     finish(start_tiny(output, cache, **SETTINGS))
     folder = output / "tiny"
     seconds = [(folder / "checkpoints" / str(step)).stat().st_mtime for step in (NUM_STEPS - 1, NUM_STEPS)]
@@ -71,7 +78,7 @@ def whole(start_tiny, finish, tmp_path_factory):
 def prebuilt(whole, tmp_path):
     """The folder of a run whose target and responses are there."""
     folder = tmp_path / "run" / "tiny"
-    folder.mkdir(parents=True)
+    leave_out_report(folder)
     for name in ("corpus", "target"):
         shutil.copytree(whole[0] / name, folder / name)
     for name in ("responses.jsonl", "config.json"):
@@ -151,6 +158,7 @@ def test_killed_at_twenty_moments_it_loses_no_saved_step_and_ends_with_the_same_
         assert run.end(signal.SIGKILL) == -signal.SIGKILL
         num_inside += run.is_saving()
         saved = run.saved()
+    print(f"{num_inside} of {NUM_KILLS} kills fell into a save")
     assert num_inside >= NUM_KILLS / 4
     last = start()
     assert last.process.wait(timeout=300) == 0, last.said()
@@ -194,6 +202,7 @@ def _last_row(run):
 def test_asked_to_stop_while_it_trains_the_target_it_saves_and_says_so(start_tiny, whole, tmp_path):
     undisturbed, cache, _ = whole
     settings = {"train.num_steps": 2, "train.eval_every": 2}
+    leave_out_report(tmp_path / "run" / "tiny")
     run = Run(start_tiny, tmp_path / "run", cache, tmp_path / "log", **settings)
     run.wait_for(lambda run: "train the target: " in run.said())
     assert run.end(signal.SIGTERM) == EXIT_STOPPED, run.said()
