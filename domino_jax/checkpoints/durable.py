@@ -3,12 +3,16 @@
 A rename is on the disk only when the folder that holds the name has been flushed too. Knows no file formats.
 """
 
+import errno
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk, a quota or a limit on file sizes that is used up."""
 
 
 @contextmanager

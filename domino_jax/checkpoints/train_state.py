@@ -11,7 +11,6 @@ a step killed in between could not be told from a damaged one.
 """
 
 import base64
-import errno
 import logging
 import math
 import os
@@ -26,14 +25,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from domino_jax.checkpoints.durable import flush_tree, move
+from domino_jax.checkpoints.durable import NO_ROOM, flush_tree, move
 from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 
 _STATE, _RECORD = "state", "record"
 _PARTIAL, _DAMAGED = ".partial", "damaged"
 _OVERHEAD_BYTES = 1 << 20  # names, shapes, the record, and files rounded up to blocks
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NUM_NAMED = 5
 
 
@@ -110,14 +108,16 @@ class TrainCheckpoints:
             self._write(step, ocp.args.Composite(**arguments))
         except (OSError, ValueError) as error:
             self._remove_partial()
-            if _is_from_system(error, _NO_ROOM):
-                raise self._no_room(step, num_bytes) from error
-            if _is_from_system(error):
+            if not _is_from_system(error):
+                raise
+            # Other writes failed with the first; asyncio would tell them one by one after the error that ends the run.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            if not _is_from_system(error, NO_ROOM):
                 raise CheckpointError(
                     f"step {step} cannot be written to {self.directory} ({error}); {self._what_is_left()}. Mend the "
                     "disk, then the same command goes on"
                 ) from error
-            raise
+            raise self._no_room(step, num_bytes) from error
         best = self.best_step()
         for old in self._steps()[: -self._keep]:
             if old != best:
@@ -300,7 +300,9 @@ def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> b
     if isinstance(error, OSError):
         return not codes or error.errno in codes
     said = str(error)
-    return any(os.strerror(code) in said for code in codes) if codes else "os_error_code" in said
+    if not re.search("os_error_code|OS error", said):
+        return False
+    return not codes or any(os.strerror(code) in said for code in codes)
 
 
 def _shorten(problems: list[str]) -> str:
@@ -309,7 +311,7 @@ def _shorten(problems: list[str]) -> str:
 
 
 def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
+    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:

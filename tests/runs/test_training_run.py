@@ -1,5 +1,6 @@
 """A whole run on a target of a few thousand parameters: resume, reports, refusals."""
 
+import errno
 import json
 import os
 import shutil
@@ -304,7 +305,14 @@ def test_how_a_run_ends(capsys):
     assert explain_or_raise(lambda: None) == 0
     assert explain_or_raise(lambda: fail(RunError("no room; give another folder"))) == EXIT_MISTAKE
     assert explain_or_raise(lambda: fail(RunStopped("saved"))) == EXIT_STOPPED
-    assert capsys.readouterr().err.splitlines() == ["error: no room; give another folder", "saved"]
+    assert explain_or_raise(lambda: fail(OSError(errno.ENOSPC, "No space left on device"))) == EXIT_MISTAKE
+    assert explain_or_raise(lambda: fail(PermissionError(errno.EACCES, "Permission denied", "x"))) == EXIT_MISTAKE
+    assert capsys.readouterr().err.splitlines() == [
+        "error: no room; give another folder",
+        "saved",
+        "error: [Errno 28] No space left on device; make room, then the same command goes on from what is saved",
+        "error: [Errno 13] Permission denied: 'x'",
+    ]
     with pytest.raises(ValueError, match="ours"):
         explain_or_raise(lambda: fail(ValueError("ours")))
 
