@@ -208,6 +208,7 @@ class TrainConfig:
         num_epochs: passes over the data; used when `num_steps` is 0.
         log_every: steps between two metric rows.
         checkpoint_every: steps between two checkpoints.
+        keep_checkpoints: latest checkpoints kept beside the best one; with 1 a damaged one has no other before it.
         eval_every: steps between two decodes of held-out prompts.
         eval_prompts: held-out prompts decoded each time.
         eval_max_new_tokens: token budget of each of them.

@@ -22,6 +22,7 @@ from domino_jax.checkpoints.config_json import (
     write_draft_config,
     write_target_config,
 )
+from domino_jax.checkpoints.durable import flush
 from domino_jax.checkpoints.safetensors_io import (
     MAX_SHARD_BYTES,
     CheckpointError,
@@ -301,6 +302,7 @@ def _write_params(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, {n: r.shape for n, r in rows.items()}, read, dtype, max_shard_bytes)
     write_json(directory / CONFIG_FILE, raw)
+    flush(directory.parent)
 
 
 def is_draft_config(raw: Mapping[str, Any]) -> bool:

@@ -1,15 +1,23 @@
 """Checkpoints of a training run: state, data position and the configuration they belong to, by Orbax.
 
 In: any pytree of arrays, numbers and PRNG keys. Out: the same bits in the structure the caller asks for.
-A step appears only when it is whole; a crash while saving leaves the earlier steps as they were. Leaves are stored
-under their tree path, so that the first thing that does not fit is named. This module knows nothing of models.
+A step is a folder of that number. It appears by one rename, when all its files and the list of their hashes are on the
+disk; a crash or a full disk while saving leaves the earlier steps as they were. A step that no longer is what was
+written is named, moved aside and never used. Leaves are stored under their tree path, so that the first thing that
+does not fit is named. This module knows nothing of models.
 
-Source: Orbax `CheckpointManager`.
+Source: Orbax `Checkpointer`. Its `CheckpointManager` renames a step into place before anything could list the files;
+a step killed in between could not be told from a damaged one.
 """
 
 import base64
+import logging
 import math
-from collections.abc import Sequence
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +25,14 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from domino_jax.checkpoints.durable import NO_ROOM, flush_tree, move
+from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 
 _STATE, _RECORD = "state", "record"
+_PARTIAL, _DAMAGED = ".partial", "damaged"
+_OVERHEAD_BYTES = 1 << 20  # names, shapes, the record, and files rounded up to blocks
+_NUM_NAMED = 5
 
 
 def diff_configs(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
@@ -50,16 +63,16 @@ class TrainCheckpoints:
         CheckpointError: `keep` is less than 1.
     """
 
-    def __init__(self, directory: str | Path, keep: int) -> None:
+    def __init__(self, directory: str | Path, keep: int, say: Callable[[str], None] = print) -> None:
+        """Open the folder of checkpoints, made if missing; `say` is told which steps are damaged, and how."""
         if keep < 1:
             raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must be kept")
-        self._keep = keep
+        self._keep, self._say = keep, say
         self.directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(
-            create=True, cleanup_tmp_directories=True, enable_async_checkpointing=False
-        )
+        self.directory.mkdir(parents=True, exist_ok=True)
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
-        self._orbax = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
+        self._remove_partial()
 
     def save(
         self,
@@ -71,95 +84,186 @@ class TrainCheckpoints:
     ) -> bool:
         """Store a step and drop those that need not be kept; return False where the step is stored already.
 
-        The highest `metric` is the best, the earlier one among equals; a step without one (or with NaN) is never it.
-        `data_state` and `metadata` are JSON values (`data_state` may be bytes); tuples come back as lists.
+        The highest `metric` is the best, the earlier one among equals; a step without one, or with one that is not
+        finite, is never it. `data_state` and `metadata` are JSON values (`data_state` may be bytes); tuples come back
+        as lists.
 
         Raises:
-            CheckpointError: two leaves of the state have the same path.
+            CheckpointError: two leaves of the state have the same path, or the disk has no room or refuses to write;
+                the steps stored before are as they were.
         """
-        if step in self._orbax.all_steps():
+        if step in self._steps():
             return False
-        has_metric = metric is not None and not math.isnan(metric)
         record = {
             "data_state": _encode_data_state(data_state),
             "metadata": metadata,
-            "metric": float(metric) if has_metric and metric is not None else None,
+            "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
         }
         stored = {name: _as_stored(leaf) for name, leaf in _named_leaves(state).items()}
+        num_bytes = sum(leaf.nbytes for leaf in stored.values()) + _OVERHEAD_BYTES
+        if shutil.disk_usage(self.directory).free < num_bytes:
+            raise self._no_room(step, num_bytes)
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
-        self._orbax.save(step, args=ocp.args.Composite(**arguments), force=True)
+        try:
+            self._write(step, ocp.args.Composite(**arguments))
+        except (OSError, ValueError) as error:
+            self._remove_partial()
+            if not _is_from_system(error):
+                raise
+            # Other writes failed with the first; asyncio would tell them one by one after the error that ends the run.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+            if not _is_from_system(error, NO_ROOM):
+                raise CheckpointError(
+                    f"step {step} cannot be written to {self.directory} ({error}); {self._what_is_left()}. Mend the "
+                    "disk, then the same command goes on"
+                ) from error
+            raise self._no_room(step, num_bytes) from error
         best = self.best_step()
         for old in self._steps()[: -self._keep]:
             if old != best:
-                self._orbax.delete(old)
+                self._drop(old)
         return True
 
     def restore(self, state_like: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
-        """Return (state, data_state, metadata) of `step` (default: the latest), or None where nothing is stored.
+        """Return (state, data_state, metadata) of `step` (default: the latest), or None where nothing was ever stored.
 
         `state_like` is a state of arrays that gives structure, shapes, types and placement; its values do not matter.
+        Asked for the latest, a damaged step is moved aside and the one before it is taken.
 
         Raises:
-            CheckpointError: `step` is not stored, or the stored state does not fit `state_like`.
+            CheckpointError: `step` is not stored or damaged, all steps are damaged, or the state does not fit
+                `state_like`.
         """
-        chosen = self._choose(step)
-        if chosen is None:
-            return None
-        likes = _named_leaves(state_like)
-        self._check_fits(chosen, likes)
-        abstract = {name: _as_abstract(leaf) for name, leaf in likes.items()}
-        stored = self._orbax.restore(chosen, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}))[
-            _STATE
-        ]
-        leaves = [_as_like(stored[name], like) for name, like in likes.items()]
-        record = self._record(chosen)
-        state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state_like), leaves)
-        return state, _decode_data_state(record["data_state"]), record["metadata"]
+        if step is None:
+            step = self._latest_whole()
+            return None if step is None else self._read(step, state_like)
+        if step not in self._steps():
+            held = ", ".join(map(str, self._steps())) or "none"
+            raise CheckpointError(f"step {step} is not stored in {self.directory}; stored steps: {held}")
+        damage = find_damage(self._folder(step))
+        if damage:
+            raise CheckpointError(f"step {step} in {self.directory} is damaged: {_shorten(damage)}")
+        return self._read(step, state_like)
 
-    def read_metadata(self, step: int | None = None) -> dict[str, Any] | None:
-        """Return the metadata of `step` (default: the latest) without reading the state, or None if nothing is stored.
+    def restore_best(self, state_like: Any) -> tuple[int, Any] | None:
+        """Return (step, state) with the highest metric, or None where no step has one.
+
+        A damaged step is moved aside and the next best is taken.
 
         Raises:
-            CheckpointError: `step` is not stored.
+            CheckpointError: the state does not fit `state_like`.
         """
-        chosen = self._choose(step)
-        return None if chosen is None else self._record(chosen)["metadata"]
+        while (step := self.best_step()) is not None:
+            damage = find_damage(self._folder(step))
+            if not damage:
+                return step, self._read(step, state_like)[0]
+            self._set_aside(step, damage)
+            self._say("it was the best step; the next best is used, or the latest")
+        return None
 
     def latest_step(self) -> int | None:
         """Return the newest stored step, or None."""
         return max(self._steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Return the stored step with the highest metric, or None where no step has one."""
-        metrics = {step: self._record(step)["metric"] for step in self._steps()}
-        ranked = [(metric, -step) for step, metric in metrics.items() if metric is not None]
+        """Return the stored step with the highest metric, or None where no step has one.
+
+        A step whose metric can no longer be trusted is moved aside.
+        """
+        ranked = []
+        for step in self._steps():
+            damage = find_damage(self._folder(step), f"{_RECORD}/")
+            if damage:
+                self._set_aside(step, damage)
+            elif (metric := self._record(step)["metric"]) is not None:
+                ranked.append((metric, -step))
         return -max(ranked)[1] if ranked else None
 
     def close(self) -> None:
         """Release Orbax's threads; the object cannot be used afterwards."""
         self._orbax.close()
 
-    def _steps(self) -> Sequence[int]:
-        return sorted(self._orbax.all_steps())
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
 
-    def _choose(self, step: int | None) -> int | None:
-        if step is None:
-            return self.latest_step()
-        if step not in self._steps():
-            held = ", ".join(map(str, self._steps())) or "none"
-            raise CheckpointError(f"step {step} is not stored in {self.directory}; stored steps: {held}")
-        return step
+    def _steps(self) -> list[int]:
+        return sorted(int(p.name) for p in self.directory.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir())
+
+    def _remove_partial(self) -> None:
+        """Remove what a crash left of steps that were being written or dropped."""
+        for path in self.directory.glob(f"*{_PARTIAL}*"):
+            shutil.rmtree(path)
+
+    def _write(self, step: int, arguments: ocp.args.Composite) -> None:
+        partial = self.directory / f"{step}{_PARTIAL}"
+        with _quiet_orbax():
+            self._orbax.save(partial, args=arguments)
+        write_manifest(partial, str(step))
+        flush_tree(partial)
+        move(partial, self._folder(step))
+
+    def _drop(self, step: int) -> None:
+        """Remove a step; cut short, it is no step that misses files."""
+        partial = self.directory / f"{step}{_PARTIAL}"
+        self._folder(step).rename(partial)
+        shutil.rmtree(partial)
+
+    def _read(self, step: int, state_like: Any) -> tuple[Any, Any, dict[str, Any]]:
+        likes = _named_leaves(state_like)
+        self._check_fits(step, likes)
+        abstract = {name: _as_abstract(leaf) for name, leaf in likes.items()}
+        arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
+        stored = self._orbax.restore(self._folder(step), args=arguments)[_STATE]
+        leaves = [_as_like(stored[name], like) for name, like in likes.items()]
+        record = self._record(step)
+        state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state_like), leaves)
+        return state, _decode_data_state(record["data_state"]), record["metadata"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        return self._orbax.restore(step, args=ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()}))[_RECORD]
+        arguments = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
+        return self._orbax.restore(self._folder(step), args=arguments)[_RECORD]
+
+    def _latest_whole(self) -> int | None:
+        """Return the latest step whose files are as written, or None where there never was a step."""
+        for step in reversed(self._steps()):
+            damage = find_damage(self._folder(step))
+            if not damage:
+                return step
+            self._set_aside(step, damage)
+            self._say(self._what_is_left())
+        aside = self.directory / _DAMAGED
+        if aside.exists():
+            raise CheckpointError(
+                f"every checkpoint in {self.directory} is damaged; put a copy of one there under its number, or remove "
+                f"{aside} to start from the first step again"
+            )
+        return None
+
+    def _set_aside(self, step: int, damage: list[str]) -> None:
+        aside = self.directory / _DAMAGED
+        aside.mkdir(exist_ok=True)
+        taken = sum(path.name.split(".")[0] == str(step) for path in aside.iterdir())
+        destination = aside / (f"{step}.{taken + 1}" if taken else str(step))
+        move(self._folder(step), destination)
+        self._say(
+            f"step {step} in {self.directory} is damaged: {_shorten(damage)}; it is not used and was moved to "
+            f"{destination}"
+        )
+
+    def _what_is_left(self) -> str:
+        steps = self._steps()
+        return f"the latest step stored is {steps[-1]}" if steps else "no step is stored"
+
+    def _no_room(self, step: int, num_bytes: int) -> CheckpointError:
+        free = shutil.disk_usage(self.directory).free
+        return CheckpointError(
+            f"no room to save step {step}: it needs {_megabytes(num_bytes)}, {_megabytes(free)} are free for "
+            f"{self.directory} (a quota or a limit on file sizes may allow less); {self._what_is_left()}. Make room, "
+            "then the same command goes on"
+        )
 
     def _check_fits(self, step: int, likes: dict[str, Any]) -> None:
-        metadata = self._orbax.item_metadata(step).get(_STATE)
-        if metadata is None:
-            raise CheckpointError(
-                f"step {step} in {self.directory} is damaged: its {_STATE!r} part cannot be read; remove the folder of "
-                "this step to go on from the one before it"
-            )
+        metadata = self._orbax.metadata(self._folder(step)).item_metadata[_STATE]
         stored = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in metadata.items()}
         wanted = {n: (tuple(a.shape), np.dtype(a.dtype)) for n, a in ((n, _as_abstract(v)) for n, v in likes.items())}
         problems = [f"missing: {n}" for n in wanted if n not in stored]
@@ -174,6 +278,40 @@ class TrainCheckpoints:
                 f"step {step} in {self.directory} was saved by a run of another make; give a fresh output directory "
                 "or the configuration it was saved with:\n  " + "\n  ".join(problems)
             )
+
+
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Keep Orbax from logging a failed write once a thread, with its traceback: the error that is raised tells all."""
+    logger = logging.getLogger("absl")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
+def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> bool:
+    """Return whether the operating system refused, with one of `codes` if any are given.
+
+    TensorStore, which writes the arrays, raises a `ValueError` that holds code and text of the system's error.
+    """
+    if isinstance(error, OSError):
+        return not codes or error.errno in codes
+    said = str(error)
+    if not re.search("os_error_code|OS error", said):
+        return False
+    return not codes or any(os.strerror(code) in said for code in codes)
+
+
+def _shorten(problems: list[str]) -> str:
+    more = len(problems) - _NUM_NAMED
+    return "; ".join(problems[:_NUM_NAMED]) + (f"; and {more} more files" if more > 0 else "")
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:

@@ -144,11 +144,11 @@ class BatchIterator(Iterator[TrainBatch]):
         num_batches: batches of the whole stream; None when it does not end.
     """
 
-    def __init__(self, dataset: grain.MapDataset, num_batches: int | None, identity: dict[str, Any]) -> None:
-        """Start at the first batch of `dataset`; `identity` names the stream a saved position belongs to."""
+    def __init__(self, dataset: grain.MapDataset, num_batches: int | None, path: str, identity: dict[str, Any]) -> None:
+        """Start at the first batch of `dataset`; `identity` names the stream of `path` a saved position belongs to."""
         # No reading threads: tokenising a batch takes milliseconds and runs beside the device's asynchronous step.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
-        self._identity = identity
+        self._path, self._identity = path, identity
         self.num_batches = num_batches
 
     def __next__(self) -> TrainBatch:
@@ -166,14 +166,15 @@ class BatchIterator(Iterator[TrainBatch]):
             ResponsesError: the position belongs to another file, seed, batch size, length or process layout.
         """
         changed = [
-            f"{name} was {state.get(name)!r} and is {value!r}"
+            f"{'hash of the usable rows' if name == 'rows' else name} was {state.get(name)!r} and is {value!r}"
             for name, value in self._identity.items()
             if state.get(name) != value
         ]
         if changed or "grain" not in state:
             raise ResponsesError(
-                f"the saved data position belongs to another stream: {'; '.join(changed) or 'no position in it'}; "
-                "resume with the same data and settings, or start a new run"
+                f"the saved data position belongs to another stream than {self._path}: "
+                f"{'; '.join(changed) or 'no position in it'}; resume with the same data and settings (put the file "
+                "back as it was if it was edited), or start a new run"
             )
         self._iterator.set_state(dict(state["grain"]))
 
@@ -229,7 +230,7 @@ def build_dataset(
         "max_length": config.max_length,
         "process": [process_index, process_count],
     }
-    return BatchIterator(batches, num_batches, identity), source.index, num_rows
+    return BatchIterator(batches, num_batches, path, identity), source.index, num_rows
 
 
 def _check_arguments(

@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 import jax
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
-from domino_jax.checkpoints.train_state import TrainCheckpoints
+from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
 from domino_jax.data.pipeline import BatchIterator, RowIndex, build_dataset
@@ -154,8 +155,15 @@ class _Training:
     tau: float | None = None
 
     def save(self, state: TrainState, step: int, tau: float | None) -> None:
-        metadata = {"config": to_json_dict(self.config), "draft": to_json_dict(self.draft)}
-        self.checkpoints.save(step, state, self.batches.get_state(), metadata, tau)
+        metadata = {"config": to_json_dict(self.config), **self.identity()}
+        self.monitor.flush()
+        if self.checkpoints.save(step, state, self.batches.get_state(), metadata, tau):
+            self.monitor.say(f"saved step {step}")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what must not change below a run although its configuration stays the same."""
+        held_out = self.held_out.fingerprint() if self.held_out else ""
+        return {"draft": to_json_dict(self.draft), "held_out": held_out}
 
     def evaluate(self, state: TrainState, step: int) -> float | None:
         if self.held_out is None:
@@ -164,7 +172,7 @@ class _Training:
         values = measure_tau(decoder, self.held_out, _EVAL_BATCH)
         self.monitor.log("held_out", step, values)
         self.tau = values["tau"]
-        return self.tau
+        return self.tau or None  # without a single round nothing is known of the drafter
 
 
 def train_draft(
@@ -176,7 +184,8 @@ def train_draft(
         RunStopped: the run was asked to stop and has saved.
         ResponsesError: the data cannot be used.
         TrainingError: too many updates in a row are not finite.
-        CheckpointError: the drafter does not fit the target, or a checkpoint does not fit the run.
+        CheckpointError: the drafter does not fit the target, no checkpoint can be used, or none can be written.
+        RunError: target or held-out prompts are not those of the latest checkpoint.
     """
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
@@ -196,7 +205,7 @@ def train_draft(
     if index.report.num_bad:
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0
-    checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints)
+    checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints, monitor.say)
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
     run = _Training(config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps)
     try:
@@ -238,8 +247,16 @@ def _restore(run: _Training) -> TrainState:
     state = start_state(run.config, run.draft, run.target)
     restored = run.checkpoints.restore(state)
     if restored is not None:
-        state, data_state, _ = restored
+        state, data_state, metadata = restored
         run.batches.set_state(data_state)
+        identity = run.identity()
+        differences = diff_configs({name: metadata[name] for name in identity}, identity)
+        if differences:
+            raise RunError(
+                f"the target ({run.target.path}) or the held-out prompts are not those of step {int(state.step)} in "
+                f"{run.folder.checkpoints}; put them back as they were, or give this run another --config.name:\n  "
+                + "\n  ".join(differences)
+            )
         run.monitor.say(f"going on from step {int(state.step)}")
     step = int(state.step)
     run.monitor.drop_rows_after(STAGE, step)
@@ -270,10 +287,13 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             is_eval = step % train.eval_every == 0 or is_last
             if is_eval or step % train.checkpoint_every == 0 or stopped:
                 skips.check()
-                paused = time.perf_counter()
-                run.save(state, step, run.evaluate(state, step) if is_eval else None)
+                paused, tau = time.perf_counter(), None
+                try:
+                    tau = run.evaluate(state, step) if is_eval else None
+                finally:  # a decode that fails costs its tau, not the steps
+                    run.save(state, step, tau)
                 began += time.perf_counter() - paused
-            if stopped and not is_last:
+            if stopped:
                 raise RunStopped(f"stopped at step {step} of {run.num_steps} and saved; the same command goes on")
     return state
 
@@ -332,9 +352,7 @@ def _log(run: _Training, progress: StageProgress, step: int, values: dict, token
 def _export(run: _Training, state: TrainState) -> int:
     """Save the latest and the best drafter and return the step of the best."""
     save_draft(str(run.folder.latest_draft), run.draft, state.params)
-    best = run.checkpoints.best_step()
-    chosen = state if best is None else run.checkpoints.restore(state, best)[0]
+    best, chosen = run.checkpoints.restore_best(state) or (int(state.step), state)
     save_draft(str(run.folder.best_draft), run.draft, chosen.params)
-    best = best or int(state.step)
     run.monitor.say(f"drafters: {run.folder.best_draft} (step {best}), {run.folder.latest_draft}")
     return best

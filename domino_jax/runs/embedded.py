@@ -4,6 +4,7 @@ Everything lands in the run's folder in the formats that any other target and da
 Hugging Face directory. From there on the run is like any other.
 """
 
+import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,12 +24,12 @@ from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.records import ChatRow
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
-from domino_jax.runs.folder import RunFolder, build_once
+from domino_jax.runs.folder import RunError, RunFolder, build_once
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.training.target_step import TargetState, create_target_state, make_target_optimizer, target_train_step
 
 STAGE = "target"
-_LOG_EVERY, _CHECKPOINT_EVERY = 20, 200
+_LOG_EVERY, _CHECKPOINT_EVERY, _KEEP = 20, 200, 2
 
 
 def build_corpus(config: RunConfig, corpus: CorpusConfig, folder: RunFolder, monitor: RunMonitor) -> None:
@@ -61,6 +62,8 @@ def build_target(config: RunConfig, corpus: CorpusConfig, folder: RunFolder, mon
 
     Raises:
         RunStopped: the run was asked to stop and has saved.
+        RunError: the chats have changed since a checkpoint was saved.
+        CheckpointError: no checkpoint can be used, or none can be written.
     """
     if folder.target.exists():
         return
@@ -112,10 +115,18 @@ def _train(
     state = create_target_state(target, optimizer, jax.random.key(config.seed))
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     monitor.say(f"target: {num_params:,} parameters, vocabulary {target.vocab_size}")
-    checkpoints = TrainCheckpoints(folder.target_checkpoints, keep=1)
+    checkpoints = TrainCheckpoints(folder.target_checkpoints, _KEEP, monitor.say)
+    with folder.train_chats.open("rb") as file:
+        data_state = {"chats": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
     restored = checkpoints.restore(state)
     if restored:
-        state = restored[0]
+        state, stored, _ = restored
+        if stored != data_state:
+            raise RunError(
+                f"{folder.train_chats} has changed since the target's checkpoints were saved (hash {stored['chats']}, "
+                f"now {data_state['chats']}); put it back as it was, or remove {folder.root} to start again"
+            )
+        monitor.say(f"going on from step {int(state.step)}")
     monitor.drop_rows_after(STAGE, int(state.step))
     first, window = int(state.step), []
     try:
@@ -135,7 +146,8 @@ def _train(
                     )
                     began, window = time.perf_counter(), []
                 if step % _CHECKPOINT_EVERY == 0 or stopped:
-                    checkpoints.save(step, state, {}, {"corpus": to_json_dict(corpus)})
+                    monitor.flush()
+                    checkpoints.save(step, state, data_state, {"corpus": to_json_dict(corpus)})
                 if stopped:
                     raise RunStopped(f"stopped at step {step} of the target and saved; the same command goes on")
     finally:

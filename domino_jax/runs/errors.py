@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from domino_jax.checkpoints.durable import NO_ROOM
+
 EXIT_MISTAKE, EXIT_STOPPED = 2, 130
 
 
@@ -47,7 +49,8 @@ def explain_or_raise(run: Callable[[], None]) -> int:
         print("interrupted; the same command goes on from what is saved", file=sys.stderr)
         return EXIT_STOPPED
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        advice = "; make room, then the same command goes on from what is saved" if error.errno in NO_ROOM else ""
+        print(f"error: {error}{advice}", file=sys.stderr)
         return EXIT_MISTAKE
     except ValueError as error:
         if not type(error).__module__.startswith("domino_jax."):

@@ -4,12 +4,12 @@ Knows paths and the stored configuration, nothing about models or training.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from domino_jax.checkpoints.durable import flush_tree, move, write_atomically
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
@@ -151,9 +151,8 @@ def _has_content(directory: Path) -> bool:
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    with write_atomically(path) as file:
+        file.write(text.encode())
 
 
 def build_once(path: Path, build: Callable[[Path], Any]) -> None:
@@ -168,4 +167,5 @@ def build_once(path: Path, build: Callable[[Path], Any]) -> None:
     unfinished.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     build(unfinished)
-    os.replace(unfinished, path)
+    flush_tree(unfinished)
+    move(unfinished, path)

@@ -3,8 +3,10 @@
 Teacher-forced accuracy can be high while serving is broken; only a decode through the real loop counts.
 """
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, tau_over_prompts, tau_over_rounds
@@ -27,6 +29,10 @@ class HeldOutPrompts:
     stop_ids: tuple[int, ...]
     max_new_tokens: int
 
+    def fingerprint(self) -> str:
+        """Return a short hash: two values of tau can be compared where theirs is the same."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
 
 def decode_held_out(decoder: Decoder, held_out: HeldOutPrompts, use_head: bool, batch_size: int) -> list[Generation]:
     """Decode the prompts greedily with the trained block width."""
@@ -48,6 +54,7 @@ def measure_tau(decoder: Decoder, held_out: HeldOutPrompts, batch_size: int) -> 
     """Return greedy tau with the head on and, where the drafter has one, off; both ways of taking the mean.
 
     Keys: `tau` and `tau_head_off` (mean over prompts), `tau_rounds` and `tau_rounds_head_off` (mean over rounds).
+    They are 0 where no prompt needed a round.
     """
     has_head = decoder.settings.draft is not None and decoder.settings.draft.has_head
     values: dict[str, float] = {}

@@ -4,7 +4,6 @@ On a terminal a bar moves; elsewhere (a log file, CI) a line is printed now and 
 """
 
 import json
-import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from domino_jax.checkpoints.durable import flush, write_atomically
 
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -93,6 +94,11 @@ class RunMonitor:
             for name, value in choose_scalars(row).items():
                 self._writer.add_scalar(name, value, row["step"])
 
+    def flush(self) -> None:
+        """Have the rows on the disk: a checkpoint that outlives a power cut must not have rows missing before it."""
+        if self._path and self._path.exists():
+            flush(self._path)
+
     def drop_rows_after(self, stage: str, step: int) -> None:
         """Forget rows of `stage` past `step`, and a row that an interruption cut: a run that resumes writes them again.
 
@@ -104,9 +110,8 @@ class RunMonitor:
         text = "".join(json.dumps(row) + "\n" for row in kept)
         if text == self._path.read_text(encoding="utf-8"):
             return
-        unfinished = self._path.with_name(self._path.name + ".part")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, self._path)
+        with write_atomically(self._path) as file:
+            file.write(text.encode())
         if self._writer and self._tensorboard_dir:
             self._writer.close()
             for file in self._tensorboard_dir.glob("events*"):

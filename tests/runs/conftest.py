@@ -1,6 +1,12 @@
-"""Material that runs are tested on."""
+"""Material that runs are tested on, and the embedded run at a size of seconds as a process of its own."""
+
+import os
+import subprocess
+import sys
 
 import pytest
+
+from tests.runs.small_embedded import SMALL
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +36,41 @@ def material(tmp_path_factory):
     write_chats(root / "train.jsonl", chats[:20])
     write_chats(root / "eval.jsonl", chats[20:])
     return root
+
+
+@pytest.fixture(scope="session")
+def start_tiny(repository):
+    """Start `train.py` on the small embedded run; settings override it, programs compiled once are kept in `cache`."""
+
+    def start(output_dir, cache=None, before=(), stdout=subprocess.PIPE, **changes):
+        overrides = [f"--config.{name}={value}" for name, value in (SMALL | changes).items()]
+        command = [sys.executable, "train.py", "--config", "configs/tiny.py", f"--config.output_dir={output_dir}"]
+        environment = os.environ | {"PYTHONPATH": str(repository)}
+        if cache:
+            environment |= {
+                "JAX_COMPILATION_CACHE_DIR": str(cache),
+                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }
+        return subprocess.Popen(
+            [*before, *command, *overrides],
+            cwd=repository,
+            env=environment,
+            stdout=stdout,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def finish():
+    """Wait for a run that was started and return what it said."""
+
+    def finish(process):
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        return said
+
+    return finish

@@ -1,5 +1,6 @@
 """A whole run on a target of a few thousand parameters: resume, reports, refusals."""
 
+import errno
 import json
 import os
 import re
@@ -15,11 +16,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
+from domino_jax.checkpoints.huggingface import load_target, save_target
 from domino_jax.checkpoints.train_state import TrainCheckpoints
 from domino_jax.config import ConfigError
 from domino_jax.data.chat_template import load_tokenizer
 from domino_jax.data.pipeline import build_dataset
-from domino_jax.data.responses import read_chats, write_chats
+from domino_jax.data.responses import ResponsesError, read_chats, write_chats
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
@@ -141,6 +143,120 @@ def test_the_best_drafter_is_kept_when_a_later_one_is_worse(material, tmp_path, 
     np.testing.assert_array_equal(best["norm.weight"], state.params["backbone"]["norm"])
 
 
+def test_a_damaged_best_checkpoint_is_said_and_the_next_best_exported(material, tmp_path, monkeypatch, capsys):
+    """Steps 2, 4 and 6 have tau 3, 1 and 2; of the two that are left the better one is exported."""
+    taus = iter([3.0, 1.0, 2.0])
+    monkeypatch.setattr(draft_module, "measure_tau", lambda *_: {"tau": next(taus)})
+    monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
+    config = make_config(material, tmp_path, checkpoint_every=2, eval_every=2, keep_checkpoints=2)
+    run_training(config)
+    assert f"drafters: {tmp_path / 'run' / 'draft'} (step 2)" in capsys.readouterr().out
+    stored = tmp_path / "run" / "checkpoints"
+    (stored / "2" / "state" / "_METADATA").unlink()
+    run_training(config)
+    said = capsys.readouterr().out
+    assert f"step 2 in {stored} is damaged: state/_METADATA is missing" in said and "the next best is used" in said
+    assert f"drafters: {tmp_path / 'run' / 'draft'} (step 6)" in said
+    best, latest = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("draft", "draft_latest"))
+    assert all(np.array_equal(best[name], latest[name]) for name in latest)
+
+
+def test_a_drafter_nothing_is_known_of_is_not_the_best(material, tmp_path, monkeypatch, capsys):
+    """tau is 0 where no prompt needed a round, and not a number where decoding went wrong."""
+    taus = iter([0.0, float("nan"), 0.0])
+    monkeypatch.setattr(draft_module, "measure_tau", lambda *_: {"tau": next(taus)})
+    monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
+    run_training(make_config(material, tmp_path, eval_every=2))
+    assert f"drafters: {tmp_path / 'run' / 'draft'} (step 6)" in capsys.readouterr().out
+
+
+def test_a_decode_that_fails_costs_its_tau_but_no_step(material, finished, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
+    config = make_config(material, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(draft_module, "measure_tau", fail)
+        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+            run_training(config)
+    assert "saved step 3" in capsys.readouterr().out
+    run_training(config)
+    assert "going on from step 3" in capsys.readouterr().out
+    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "held_out"] == [6]
+    whole, resumed = (load_file(run / "draft_latest" / "model.safetensors") for run in (finished, tmp_path / "run"))
+    assert all(np.array_equal(values, resumed[name]) for name, values in whole.items())
+
+
+def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(material, tmp_path, monkeypatch):
+    order = []
+    flush, save = RunMonitor.flush, TrainCheckpoints.save
+
+    def record_flush(self):
+        order.append(("rows", max(row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl"))))
+        flush(self)
+
+    def record_save(self, step, *arguments):
+        order.append(("step", step))
+        return save(self, step, *arguments)
+
+    monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
+    monkeypatch.setattr(RunMonitor, "flush", record_flush)
+    monkeypatch.setattr(TrainCheckpoints, "save", record_save)
+    config = make_config(material, tmp_path, num_steps=4)
+    run_training(replace(config, data=replace(config.data, eval_path="")))
+    assert order == [("rows", 2), ("step", 2), ("rows", 3), ("step", 3), ("rows", 4), ("step", 4)]
+
+
+@pytest.fixture(scope="module")
+def movable(material, tmp_path_factory):
+    """A run of two steps on its own copy of target and chats."""
+    root = tmp_path_factory.mktemp("movable")
+    shutil.copytree(material, root / "material")
+    config = make_config(root / "material", root / "runs", num_steps=2)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training_run_module, "write_report", lambda *_: None)
+        run_training(config)
+    return root, config
+
+
+def test_chats_edited_below_a_run_are_refused(movable):
+    root, config = movable
+    for name, error, said in (
+        (
+            "train",
+            ResponsesError,
+            r"another stream than .*train\.jsonl: hash of the usable rows was '\w+' and is '\w+'",
+        ),
+        ("eval", RunError, r"held-out prompts are not those of step 2[^$]*held_out: stored '\w+', now '\w+'"),
+    ):
+        path = root / "material" / f"{name}.jsonl"
+        before = path.read_text()
+        path.write_text(before.replace("say", "said", 1))
+        with pytest.raises(error, match=said):
+            run_training(config)
+        path.write_text(before)
+
+
+def test_a_target_of_another_shape_below_a_run_is_refused(movable):
+    root, config = movable
+    path = root / "material" / "target"
+    shutil.copytree(path, root / "before")
+    target, params = load_target(str(path), "float32")
+    other = replace(target, num_hidden_layers=3)
+    save_target(path, other, {name: leaf for name, leaf in params.items() if name != "layers_3"})
+    with pytest.raises(ValueError, match=r"target_layer_ids|num_target_layers: stored 4, now 3"):
+        run_training(config)
+    other = replace(target, rope_theta=5e5)
+    save_target(path, other, params)
+    with pytest.raises(
+        RunError, match=r"the target .* not those of step 2[^$]*draft\.rope_theta: stored 1000000\.0, now 500000\.0"
+    ):
+        run_training(config)
+    shutil.rmtree(path)
+    shutil.copytree(root / "before", path)
+
+
 def test_a_prompt_that_was_left_out_does_not_shift_the_others(material, tmp_path):
     chats = [messages for _, messages in read_chats(material / "eval.jsonl")]
     long = [{"role": "user", "content": "alpha " * 60}, {"role": "assistant", "content": "x"}]
@@ -248,7 +364,14 @@ def test_how_a_run_ends(capsys):
     assert explain_or_raise(lambda: None) == 0
     assert explain_or_raise(lambda: fail(RunError("no room; give another folder"))) == EXIT_MISTAKE
     assert explain_or_raise(lambda: fail(RunStopped("saved"))) == EXIT_STOPPED
-    assert capsys.readouterr().err.splitlines() == ["error: no room; give another folder", "saved"]
+    assert explain_or_raise(lambda: fail(OSError(errno.ENOSPC, "No space left on device"))) == EXIT_MISTAKE
+    assert explain_or_raise(lambda: fail(PermissionError(errno.EACCES, "Permission denied", "x"))) == EXIT_MISTAKE
+    assert capsys.readouterr().err.splitlines() == [
+        "error: no room; give another folder",
+        "saved",
+        "error: [Errno 28] No space left on device; make room, then the same command goes on from what is saved",
+        "error: [Errno 13] Permission denied: 'x'",
+    ]
     with pytest.raises(ValueError, match="ours"):
         explain_or_raise(lambda: fail(ValueError("ours")))
 
