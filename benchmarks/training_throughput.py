@@ -1,6 +1,7 @@
 """Time and memory of a drafter's training step against the straightforward version, in one process.
 
     python benchmarks/training_throughput.py --setting tiny --run runs/tiny --output DIR
+    python benchmarks/training_throughput.py --setting stdlib --run runs/stdlib --output DIR
     python benchmarks/training_throughput.py --setting large --output DIR
     python benchmarks/training_throughput.py --setting qwen3-attention --output DIR
 
@@ -44,6 +45,7 @@ from domino_jax.runs.draft import TargetModel, resolve_draft
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
+RUNS = ("tiny", "stdlib")
 
 
 def attend_dense(
@@ -97,17 +99,17 @@ class Setting:
     batch_size: int
 
 
-def tiny_setting(run: Path, widths: tuple[int, ...]) -> Setting:
-    """Return the sizes of `configs/tiny.py` with the target and the responses of a finished run."""
-    config = parse_config(["--config", str(ROOT / "configs" / "tiny.py")])
+def run_setting(name: str, run: Path, data: Path, widths: tuple[int, ...]) -> Setting:
+    """Return the sizes of `configs/NAME.py` with the target of a finished run of it and the chats in `data`."""
+    config = parse_config(["--config", str(ROOT / "configs" / f"{name}.py")])
     path = str(run / "target")
     target, params = load_target(path, "float32")
     tokenizer = load_tokenizer(path)
-    source = ChatSource(str(run / "responses.jsonl"), tokenizer, config.data, target.vocab_size)
+    source = ChatSource(str(data), tokenizer, config.data, target.vocab_size)
     draft = resolve_draft(config, TargetModel(path, target, params, tokenizer))
     widths = (*(widths or config.data.bucket_widths or config.corpus.bucket_widths), config.data.max_length)
     rows = [source[i] for i in range(len(source))]
-    return Setting("tiny", target, params, draft, config.objective, rows, widths, config.data.batch_size)
+    return Setting(name, target, params, draft, config.objective, rows, widths, config.data.batch_size)
 
 
 def large_setting(widths: tuple[int, ...]) -> Setting:
@@ -305,15 +307,21 @@ def tabulate_attention(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure one setting, write its raw rows and table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=("tiny", "large", "qwen3-attention"), required=True)
-    parser.add_argument("--run", type=Path, help="finished run of configs/tiny.py; needed by tiny")
+    parser.add_argument("--setting", choices=(*RUNS, "large", "qwen3-attention"), required=True)
+    parser.add_argument("--run", type=Path, help=f"folder of a finished run; needed by {' and '.join(RUNS)}")
+    parser.add_argument("--data", type=Path, help="chats to learn; those of the run's responses.jsonl when not given")
     parser.add_argument("--widths", default="", help="bucket widths, comma-separated; max_length is added")
     parser.add_argument("--attention-chunk", type=int, default=0, help="0: as configured")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--output", type=Path, required=True, help="folder of rows_SETTING.jsonl and SETTING.md")
     given = parser.parse_args()
-    if given.setting == "tiny" and given.run is None:
-        parser.error("--setting tiny needs --run, the folder of a finished run of configs/tiny.py")
+    if given.setting in RUNS and given.run is None:
+        name = given.setting
+        parser.error(f"--setting {name} needs --run, the folder of a finished run of configs/{name}.py")
+    if given.setting not in RUNS and (given.run or given.data):
+        parser.error(f"--run and --data would be ignored by --setting {given.setting}")
+    if given.setting == "qwen3-attention" and (given.widths or given.attention_chunk):
+        parser.error("--widths and --attention-chunk would be ignored by --setting qwen3-attention")
     if given.repeats < 1:
         parser.error(f"--repeats is {given.repeats}; it must be at least 1")
     widths = tuple(int(width) for width in given.widths.split(",") if width)
@@ -321,7 +329,11 @@ def main() -> None:
         rows = measure_attention()
         table = tabulate_attention(rows)
     else:
-        setting = tiny_setting(given.run, widths) if given.setting == "tiny" else large_setting(widths)
+        if given.run:
+            data = given.data or given.run / "responses.jsonl"
+            setting = run_setting(given.setting, given.run, data, widths)
+        else:
+            setting = large_setting(widths)
         if given.attention_chunk:
             setting = replace(setting, objective=replace(setting.objective, attention_chunk=given.attention_chunk))
         rows = measure_steps(setting, given.repeats)
