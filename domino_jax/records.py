@@ -30,15 +30,15 @@ class ChatRow:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Token ids of one optimizer step, right-padded.
+    """Token ids of one optimizer step, right-padded to the width of the batch.
 
     Attributes:
-        input_ids: int32 [sequences, max_length]; padding is 0.
-        loss_mask: float32 [sequences, max_length]; 1 on the assistant tokens that are learned, 0 on prompt and padding.
+        input_ids: int32 [sequences, width]; padding is 0.
+        loss_mask: float32 [sequences, width]; 1 on the assistant tokens that are learned, 0 on prompt and padding.
         lengths: int32 [sequences]; tokens that are not padding.
         line_nos: int64 [sequences]; 1-based line of the data file each sequence comes from, 0 where it has none.
-        features: [sequences, max_length, captured layers x width] of the target, where they were computed before.
-        last_hidden: [sequences, max_length, width], the target's final-normed states, where they were computed before.
+        features: [sequences, width, captured layers x hidden size] of the target, where they were computed before.
+        last_hidden: [sequences, width, hidden size], the target's final-normed states, where they were computed before.
     """
 
     input_ids: np.ndarray

@@ -7,6 +7,7 @@ Source: the published Domino recipe, arXiv 2605.29707, for names and defaults.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from domino_jax.config import DraftConfig, TargetConfig, default_target_layer_ids, require, require_positive
@@ -101,6 +102,8 @@ class DataConfig:
         train_path: JSONL of chats whose assistant turns the target wrote; empty: the run builds its own.
         eval_path: JSONL of held-out chats whose prompts are decoded for tau; empty: none.
         max_length: tokens a sequence is truncated to.
+        bucket_widths: lengths that batches of similarly long rows are padded to, ascending; rows longer than the last
+            one are padded to `max_length`. Empty: all batches are.
         batch_size: sequences of an optimizer step, over all devices and micro-steps.
         micro_steps: gradient-accumulation steps one optimizer step is split into.
         bad_rows: what to do with a row that cannot be used.
@@ -111,6 +114,7 @@ class DataConfig:
     train_path: str = ""
     eval_path: str = ""
     max_length: int = 3072
+    bucket_widths: tuple[int, ...] = ()
     batch_size: int = 8
     micro_steps: int = 1
     bad_rows: Literal["skip", "fail"] = "skip"
@@ -120,6 +124,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_positive(self, "max_length", "batch_size", "micro_steps")
         require(self.max_length >= 3, f"max_length is {self.max_length}; a sequence needs at least 3 tokens")
+        widths = self.bucket_widths
+        require(
+            all(a < b for a, b in pairwise((0, *widths))) and all(w <= self.max_length for w in widths),
+            f"bucket_widths are {widths}; they must be positive, ascending and at most max_length {self.max_length}",
+        )
         require(
             self.batch_size % self.micro_steps == 0,
             f"batch_size {self.batch_size} must be a multiple of micro_steps {self.micro_steps}",
@@ -143,6 +152,7 @@ class ObjectiveConfig:
         base_weight_shape: how lambda falls from there to 0: `linear`, `cosine`, or not at all (`constant`).
         base_weight_decay_ratio: share of the optimizer steps over which lambda falls to 0; unused by `constant`.
         head_chunk: blocks whose logits exist at the same time in the loss.
+        attention_chunk: anchors of a sequence whose attention scores exist at the same time.
     """
 
     num_anchors: int = 512
@@ -157,9 +167,10 @@ class ObjectiveConfig:
     base_weight_shape: Literal["linear", "cosine", "constant"] = "linear"
     base_weight_decay_ratio: float = 1.0
     head_chunk: int = 32
+    attention_chunk: int = 16
 
     def __post_init__(self) -> None:
-        require_positive(self, "num_anchors", "head_chunk", "lk_eta", "dpace_alpha")
+        require_positive(self, "num_anchors", "head_chunk", "attention_chunk", "lk_eta", "dpace_alpha")
         require(self.loss_decay_gamma >= 0, f"loss_decay_gamma is {self.loss_decay_gamma}; use 0 for no decay")
         require_ratio(self, "base_weight_start", "base_weight_decay_ratio", "match_weight", "dpace_alpha")
 

@@ -3,7 +3,8 @@
 In: the file, a tokenizer, `DataConfig`. One pass checks every row (it is rendered, truncated and thrown away) and
 keeps only offsets; training reads rows by offset and tokenises them when they are needed. Out: an iterator of
 `records.TrainBatch`. Rows are shuffled anew every epoch, batches run on over the ends of epochs, and only what is
-left after the last epoch is dropped. Batches are made on the calling thread. Knows nothing about models or devices.
+left after the last epoch is dropped. Batches have one width or, of rows of similar length, a few (`bucket_plan`).
+They are made on the calling thread. Knows nothing about models or devices.
 
 Source: an anchor needs two neighbouring supervised tokens (METHOD: training example).
 """
@@ -21,6 +22,7 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from domino_jax.data.bucket_plan import BucketPlan
 from domino_jax.data.chat_template import ChatTemplateError, render_chat
 from domino_jax.data.responses import RawRow, ResponsesError, RowError, RowReport, parse_row, scan_rows
 from domino_jax.records import ChatRow, TrainBatch
@@ -35,6 +37,7 @@ class RowIndex:
         offsets: first byte of each usable row.
         sizes: bytes of each usable row.
         line_nos: 1-based line of each usable row.
+        lengths: tokens of each usable row after truncation.
         report: counts of usable and bad rows.
         num_tokens: tokens of all usable rows after truncation.
         num_learned_tokens: those of them with a loss mask of 1.
@@ -46,6 +49,7 @@ class RowIndex:
     offsets: array = field(default_factory=lambda: array("Q"))
     sizes: array = field(default_factory=lambda: array("Q"))
     line_nos: array = field(default_factory=lambda: array("Q"))
+    lengths: array = field(default_factory=lambda: array("I"))
     num_tokens: int = 0
     num_learned_tokens: int = 0
     num_truncated: int = 0
@@ -104,6 +108,7 @@ class ChatSource:
             index.offsets.append(row.offset)
             index.sizes.append(len(row.content))
             index.line_nos.append(row.line_no)
+            index.lengths.append(len(ids))
             index.num_tokens += len(ids)
             index.num_learned_tokens += sum(loss_mask)
             index.num_truncated += num_all > len(ids)
@@ -142,14 +147,18 @@ class BatchIterator(Iterator[TrainBatch]):
 
     Attributes:
         num_batches: batches of the whole stream; None when it does not end.
+        layout: what widths the batches have, and what is left out, for people.
     """
 
-    def __init__(self, dataset: grain.MapDataset, num_batches: int | None, path: str, identity: dict[str, Any]) -> None:
+    def __init__(
+        self, dataset: grain.MapDataset, num_batches: int | None, path: str, layout: str, identity: dict[str, Any]
+    ) -> None:
         """Start at the first batch of `dataset`; `identity` names the stream of `path` a saved position belongs to."""
         # No reading threads: tokenising a batch takes milliseconds and runs beside the device's asynchronous step.
         self._iterator = iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
         self._path, self._identity = path, identity
         self.num_batches = num_batches
+        self.layout = layout
 
     def __next__(self) -> TrainBatch:
         """Return the next batch."""
@@ -163,7 +172,7 @@ class BatchIterator(Iterator[TrainBatch]):
         """Go on where `state` was taken.
 
         Raises:
-            ResponsesError: the position belongs to another file, seed, batch size, length or process layout.
+            ResponsesError: the position belongs to another file, seed, batch size, length, widths or process layout.
         """
         changed = [
             f"{'hash of the usable rows' if name == 'rows' else name} was {state.get(name)!r} and is {value!r}"
@@ -204,33 +213,55 @@ def build_dataset(
     _check_arguments(config, seed, num_epochs, process_index, process_count)
     source = ChatSource(path, tokenizer, config, vocab_size, bad_rows_log)
     num_rows = len(source)
-    rows = grain.MapDataset.source(source).shuffle(seed)
-    num_batches = None
-    if num_epochs is None:
-        rows = rows.repeat()
-    else:
-        num_batches = round(num_epochs * num_rows) // config.batch_size
+    num_batches, num_left = None, 0
+    if num_epochs is not None:
+        num_batches, num_left = divmod(round(num_epochs * num_rows), config.batch_size)
         if num_batches == 0:
             raise ResponsesError(
                 f"{path}: {num_rows} usable rows x {num_epochs} epochs do not fill one batch of {config.batch_size}; "
                 "lower data.batch_size, give more rows or more epochs"
             )
-        rows = rows.repeat(math.ceil(num_epochs))[: num_batches * config.batch_size]
-    if process_count > 1:
-        rows = rows[process_index::process_count]
-    batches = rows.batch(
-        config.batch_size // process_count,
-        drop_remainder=True,
-        batch_fn=lambda rows: pad_batch(rows, config.max_length),
-    )
+    if config.bucket_widths:
+        plan = BucketPlan(
+            source.index.lengths, (*config.bucket_widths, config.max_length), config.batch_size, seed, num_epochs
+        )
+        widths, counts = plan.widths, plan.num_rows_by_width
+        batches = grain.MapDataset.source(plan).map(
+            lambda batch: pad_batch(
+                [source[row] for row in batch.rows[process_index::process_count].tolist()], batch.width
+            )
+        )
+    else:
+        widths, counts = (config.max_length,), (num_rows,)
+        rows = grain.MapDataset.source(source).shuffle(seed)
+        if num_batches is None:
+            rows = rows.repeat()
+        else:
+            rows = rows.repeat(math.ceil(num_epochs))[: num_batches * config.batch_size]
+        if process_count > 1:
+            rows = rows[process_index::process_count]
+        batches = rows.batch(
+            config.batch_size // process_count,
+            drop_remainder=True,
+            batch_fn=lambda rows: pad_batch(rows, config.max_length),
+        )
     identity = {
         "rows": source.index.fingerprint,
         "seed": seed,
         "batch_size": config.batch_size,
         "max_length": config.max_length,
+        "bucket_widths": list(config.bucket_widths),
         "process": [process_index, process_count],
     }
-    return BatchIterator(batches, num_batches, path, identity), source.index, num_rows
+    layout = _describe_layout(source.index, widths, counts, num_left)
+    return BatchIterator(batches, num_batches, path, layout, identity), source.index, num_rows
+
+
+def _describe_layout(index: RowIndex, widths: Sequence[int], counts: Sequence[int], num_left: int) -> str:
+    parts = ", ".join(f"{count} of up to {width}" for width, count in zip(widths, counts, strict=True))
+    num_padded = sum(width * count for width, count in zip(widths, counts, strict=True))
+    left = f"; {num_left} rows left after the last epoch fill no batch" if num_left else ""
+    return f"rows by padded length: {parts} tokens ({1 - index.num_tokens / num_padded:.0%} padding){left}"
 
 
 def _check_arguments(

@@ -8,7 +8,6 @@ Source: Domino, arXiv 2605.29707; DFlash (z-lab/dflash).
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
@@ -82,8 +81,12 @@ class DraftBackbone(nn.Module):
         context: Float[Array, "B S D"],
         block_embeddings: Float[Array, "B A P D"],
         anchor_pos: Int[Array, "B A"],
+        attention_chunk: int | None = None,
     ) -> Float[Array, "B A P D"]:
-        """Return the states of all blocks of every sequence in one pass; a block never sees another."""
+        """Return the states of all blocks of every sequence in one pass; a block never sees another.
+
+        `attention_chunk` anchors a sequence are attended at a time; None: all of them.
+        """
         context_positions = jnp.broadcast_to(jnp.arange(context.shape[1]), context.shape[:2])
         positions = anchor_pos[..., None] + jnp.arange(block_embeddings.shape[2])
         x = block_embeddings.astype(self.dtype)
@@ -91,14 +94,14 @@ class DraftBackbone(nn.Module):
             context_keys, context_values = layer.keys_values(context, context_positions)
             normed = layer.normed_input(x)
             block_keys, block_values = layer.keys_values(normed, positions)
-            # Scores are anchors x slots x context a head: computed again in the backward pass, never kept.
-            mixed = jax.checkpoint(attend_blocks)(
+            mixed = attend_blocks(
                 layer.queries(normed, positions),
                 context_keys.transpose(0, 2, 3, 1),
                 context_values.transpose(0, 2, 1, 3),
                 block_keys,
                 block_values,
                 anchor_pos,
+                attention_chunk,
             )
             x = layer.finish(x, mixed)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)

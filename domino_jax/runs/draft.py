@@ -202,6 +202,7 @@ def train_draft(
         f"data: {num_rows} rows ({index.num_truncated} cut to max_length {config.data.max_length}), "
         f"{index.num_tokens} tokens, {index.num_learned_tokens} learned"
     )
+    monitor.say(batches.layout)
     if index.report.num_bad:
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0
@@ -268,13 +269,20 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     train = run.config.train
     train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps)
     first = int(state.step)
-    skips = _SkipWatch(run)
+    skips, compiled_widths = _SkipWatch(run), set[int]()
     with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
             batch = next(run.batches)
             num_tokens += int(batch.lengths.sum())
+            called = time.perf_counter()
             state, metrics = train_step(state, run.target.params, split_batch(batch, run.config.data.micro_steps))
+            width = batch.input_ids.shape[1]
+            if width not in compiled_widths:  # the call returned when the step was compiled; its work goes on
+                compile_s = time.perf_counter() - called
+                compiled_widths.add(width)
+                run.monitor.say(f"step {step}: compiled for batches padded to {width} tokens in {compile_s:.1f} s")
+                began += compile_s
             skips.check()
             skips.watch(step, batch, metrics)
             is_last = step == run.num_steps

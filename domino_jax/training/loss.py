@@ -301,5 +301,7 @@ def block_losses(
         target_hidden = gather_rows(last_hidden, anchor_pos[..., None] + jnp.arange(draft_config.num_draft_tokens()))
     backbone, variables = DraftBackbone(draft_config, jnp.dtype(compute_dtype)), {"params": draft_params["backbone"]}
     context = backbone.apply(variables, features, method="project_context")
-    hidden = backbone.apply(variables, context, embedding[blocks.token_ids], anchor_pos, method="train")
+    hidden = backbone.apply(
+        variables, context, embedding[blocks.token_ids], anchor_pos, objective.attention_chunk, method="train"
+    )
     return sum_in_chunks(draft_config, objective, draft_params, embedding, head, hidden, blocks, target_hidden)

@@ -24,6 +24,7 @@ def chat(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+BUCKETED = dataclasses.replace(CONFIG, bucket_widths=(24, 40))
 CHATS = [chat(f"q{i}", f"number {i}") for i in range(10)]
 
 
@@ -82,15 +83,48 @@ def test_fractional_epochs(path: str, tokenizer, num_epochs: float, expected: in
     assert batches.num_batches == expected == len(list(batches))
 
 
+@pytest.fixture
+def mixed_path(tmp_path) -> str:
+    """Ten short rows and seven long ones."""
+    file = tmp_path / "mixed.jsonl"
+    write_chats(file, CHATS + [chat(f"q{i}", f"number {i} " + "of all numbers " * 3) for i in range(10, 17)])
+    return str(file)
+
+
+def test_without_widths_the_order_is_that_of_one_global_shuffle(path: str, tokenizer) -> None:
+    """Recorded: a change here changes what every run without buckets learns."""
+    batches, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=3, num_epochs=2)
+    assert batches.layout.startswith("rows by padded length: 10 of up to 64 tokens")
+    order = [int(name.strip().removeprefix("q")) for name in rows_of(list(batches), tokenizer)]
+    assert order == [4, 7, 0, 8, 2, 5, 3, 6, 1, 9, 6, 0, 4, 3, 2, 1, 9, 8, 7, 5]
+
+
+def test_buckets_pad_rows_to_the_width_of_their_length(mixed_path: str, tokenizer) -> None:
+    batches, index, _ = build_dataset(mixed_path, tokenizer, BUCKETED, VOCAB, seed=0, num_epochs=4)
+    assert len(index.lengths) == 17 and sum(index.lengths) == index.num_tokens
+    short, long = (sum(n <= 24 for n in index.lengths), sum(24 < n <= 40 for n in index.lengths))
+    assert (short, long) == (10, 7)
+    assert batches.layout.startswith("rows by padded length: 10 of up to 24, 7 of up to 40 tokens")
+    made = list(batches)
+    assert len(made) == batches.num_batches == 17 and "left" not in batches.layout
+    assert {batch.input_ids.shape for batch in made} == {(4, 24), (4, 40)}
+    assert all(batch.loss_mask.shape == batch.input_ids.shape for batch in made)
+    assert sorted(rows_of(made, tokenizer)) == sorted([f"q{i}" for i in range(17)] * 4)
+    odd, _, _ = build_dataset(mixed_path, tokenizer, BUCKETED, VOCAB, seed=0, num_epochs=1)
+    assert odd.num_batches == 4 and odd.layout.endswith("; 1 rows left after the last epoch fill no batch")
+
+
+@pytest.mark.parametrize("config", [CONFIG, BUCKETED], ids=["one width", "buckets"])
 @pytest.mark.parametrize("num_epochs", [None, 6])
-def test_resume_gives_the_same_batches(path: str, tokenizer, num_epochs: int | None) -> None:
-    whole, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1, num_epochs=num_epochs)
+def test_resume_gives_the_same_batches(mixed_path: str, tokenizer, num_epochs: int | None, config: DataConfig) -> None:
+    path = mixed_path
+    whole, _, _ = build_dataset(path, tokenizer, config, VOCAB, seed=1, num_epochs=num_epochs)
     expected = take(whole, 10)
-    first, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1, num_epochs=num_epochs)
+    first, _, _ = build_dataset(path, tokenizer, config, VOCAB, seed=1, num_epochs=num_epochs)
     assert_equal(take(first, 4), expected[:4])
     state = json.loads(json.dumps(first.get_state()))
     take(first, 1)
-    second, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1, num_epochs=num_epochs)
+    second, _, _ = build_dataset(path, tokenizer, config, VOCAB, seed=1, num_epochs=num_epochs)
     second.set_state(state)
     assert second.get_state() == state
     assert_equal(take(second, 6), expected[4:])
@@ -102,6 +136,8 @@ def test_a_position_of_another_stream_is_refused(path: str, tokenizer) -> None:
     state = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1)[0].get_state()
     with pytest.raises(ResponsesError, match="seed was 1 and is 2"):
         build_dataset(path, tokenizer, CONFIG, VOCAB, seed=2)[0].set_state(state)
+    with pytest.raises(ResponsesError, match=r"bucket_widths was \[\] and is \[24, 40\]"):
+        build_dataset(path, tokenizer, BUCKETED, VOCAB, seed=1)[0].set_state(state)
     write_chats(path, [chat("more", "of it")])
     with pytest.raises(ResponsesError, match="rows was"):
         build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1)[0].set_state(state)
@@ -109,17 +145,19 @@ def test_a_position_of_another_stream_is_refused(path: str, tokenizer) -> None:
         build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1)[0].set_state({})
 
 
-def test_processes_share_the_stream(path: str, tokenizer) -> None:
-    whole, _, _ = build_dataset(path, tokenizer, CONFIG, VOCAB, seed=1, num_epochs=2)
+@pytest.mark.parametrize("config", [CONFIG, BUCKETED], ids=["one width", "buckets"])
+def test_processes_share_the_stream(mixed_path: str, tokenizer, config: DataConfig) -> None:
+    whole, _, _ = build_dataset(mixed_path, tokenizer, config, VOCAB, seed=1, num_epochs=2)
     parts = [
-        list(build_dataset(path, tokenizer, CONFIG, VOCAB, 1, 2, process_index=i, process_count=2)[0]) for i in (0, 1)
+        list(build_dataset(mixed_path, tokenizer, config, VOCAB, 1, 2, process_index=i, process_count=2)[0])
+        for i in (0, 1)
     ]
     for batch, left, right in zip(list(whole), *parts, strict=True):
-        assert left.input_ids.shape == (2, 64)
+        assert left.input_ids.shape == (2, batch.input_ids.shape[1])
         np.testing.assert_array_equal(batch.input_ids[0::2], left.input_ids)
         np.testing.assert_array_equal(batch.input_ids[1::2], right.input_ids)
     with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        build_dataset(path, tokenizer, CONFIG, VOCAB, 1, 2, process_index=0, process_count=3)
+        build_dataset(mixed_path, tokenizer, config, VOCAB, 1, 2, process_index=0, process_count=3)
 
 
 def test_few_rows(tmp_path, tokenizer) -> None:

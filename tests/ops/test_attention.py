@@ -86,6 +86,55 @@ def test_attend_blocks_equals_one_dense_mask():
     np.testing.assert_allclose(got, wanted.reshape(got.shape), **TOLERANCE)
 
 
+@pytest.mark.parametrize("chunk", [1, 2, 3])
+def test_chunks_of_anchors_change_nothing(chunk):
+    """Values and gradients; chunks that need no context, all of it, or a part, in any order, the last one not full."""
+    anchors, slots, context = 7, 2, 13
+    anchor_pos = jnp.asarray([[0, 1, 3, 4, 9, 13, 0], [0, 0, 2, 12, 8, 13, 0]])
+    arrays = (
+        normal(0, BATCH, anchors, slots, HEADS, WIDTH),
+        normal(1, BATCH, KV_HEADS, WIDTH, context),
+        normal(2, BATCH, KV_HEADS, context, WIDTH),
+        normal(3, BATCH, anchors, slots, KV_HEADS, WIDTH),
+        normal(4, BATCH, anchors, slots, KV_HEADS, WIDTH),
+    )
+    weights = normal(5, *arrays[0].shape)
+
+    def run(chunk):
+        def loss(arrays):
+            mixed = attend_blocks(*arrays, anchor_pos, chunk)
+            return jnp.sum(mixed * weights), mixed
+
+        return jax.jit(jax.grad(loss, has_aux=True))(tuple(map(jnp.asarray, arrays)))
+
+    for got, wanted in zip(jax.tree.leaves(run(chunk)), jax.tree.leaves(run(None)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_hold_fewer_scores_and_leave_out_context_they_do_not_see():
+    """The compiled gradient needs far less memory, and context after the last anchor may hold anything."""
+    anchors, slots, context = 64, 4, 512
+    arrays = (
+        jnp.asarray(normal(0, 1, anchors, slots, HEADS, WIDTH)),
+        jnp.asarray(normal(1, 1, KV_HEADS, WIDTH, context)).at[..., context // 4 :].set(jnp.nan),
+        jnp.asarray(normal(2, 1, KV_HEADS, context, WIDTH)).at[:, :, context // 4 :].set(jnp.nan),
+        jnp.asarray(normal(3, 1, anchors, slots, KV_HEADS, WIDTH)),
+        jnp.asarray(normal(4, 1, anchors, slots, KV_HEADS, WIDTH)),
+    )
+    anchor_pos = jnp.sort(jnp.arange(anchors)[None] * 2)
+
+    def compile_gradient(chunk):
+        def loss(queries, *rest):
+            return jnp.sum(attend_blocks(queries, *rest, chunk))
+
+        return jax.jit(jax.grad(loss)).lower(*arrays, anchor_pos).compile()
+
+    whole, chunked = compile_gradient(None), compile_gradient(8)
+    temp_bytes = [c.memory_analysis().temp_size_in_bytes for c in (whole, chunked)]
+    assert temp_bytes[1] < temp_bytes[0] / 3
+    assert np.isnan(whole(*arrays, anchor_pos)).any() and np.isfinite(chunked(*arrays, anchor_pos)).all()
+
+
 def test_rope_rotates_pairs_of_halves_by_position():
     x = normal(0, BATCH, 3, HEADS, WIDTH)
     positions = np.array([[0, 1, 7], [30, 1000, 5]])

@@ -357,6 +357,25 @@ def test_updates_that_stay_not_finite_stop_the_run_and_name_the_batch(material, 
     assert re.search(r"update skipped: step \d+ \(lines [\d, ]+ of .*\): loss \S+, gradient norm \S+; 2 in a row", said)
 
 
+def test_a_run_in_buckets_compiles_once_a_width(material, tmp_path, capsys):
+    """19 rows in 2 widths for 1.5 epochs: 28 rows, 7 batches of 4; a long answer sits in the wide bucket."""
+    chats = [messages for _, messages in read_chats(str(material / "train.jsonl"), None)][:19]
+    for messages in chats[:8]:
+        messages[1]["content"] += " and so on and so on"
+    write_chats(tmp_path / "train.jsonl", chats)
+    config = make_config(material, tmp_path, num_steps=0, num_epochs=1.5, eval_every=100)
+    data = replace(
+        config.data, train_path=str(tmp_path / "train.jsonl"), eval_path="", max_length=96, bucket_widths=(40,)
+    )
+    run_training(replace(config, data=data))
+    said = capsys.readouterr().out
+    assert "rows by padded length: 11 of up to 40, 8 of up to 96 tokens" in said
+    assert [said.count(f"compiled for batches padded to {width} tokens") for width in (40, 96)] == [1, 1]
+    rows = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "draft"]
+    assert [row["step"] for row in rows] == list(range(1, 8))
+    assert all(np.isfinite(row["loss"]) and row["num_blocks"] > 0 for row in rows)
+
+
 def test_how_a_run_ends(capsys):
     def fail(error):
         raise error

@@ -26,12 +26,12 @@ def load_case(golden_dir, name):
 
 
 @functools.cache
-def compile_losses(golden_dir, name, gamma, head_chunk=5, with_gradients=True):
+def compile_losses(golden_dir, name, gamma, head_chunk=5, attention_chunk=16, with_gradients=True):
     """Compile `(params, base_weight, anchors, keep) -> (sums, metrics), gradients of the mean`, once for all tests."""
     from domino_jax.run_config import ObjectiveConfig
     from domino_jax.training.loss import block_losses, compute_metrics
 
-    objective = ObjectiveConfig(loss_decay_gamma=gamma, head_chunk=head_chunk)
+    objective = ObjectiveConfig(loss_decay_gamma=gamma, head_chunk=head_chunk, attention_chunk=attention_chunk)
     draft, embedding, head, case, _ = load_case(golden_dir, name)
 
     def mean(params, base_weight, anchors, keep):
@@ -130,6 +130,14 @@ def test_logits_equal_golden(golden_dir, name):
 def test_chunks_do_not_change_losses_or_gradients(golden_dir, head_chunk):
     expected_result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True)
     result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True, head_chunk=head_chunk)
+    for got, expected in zip(jax.tree.leaves(result), jax.tree.leaves(expected_result), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("attention_chunk", [1, 3])
+def test_chunks_of_attention_do_not_change_losses_or_gradients(golden_dir, attention_chunk):
+    expected_result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True)
+    result = run_case(golden_dir, "E", 7.0, 0.5, with_gradients=True, attention_chunk=attention_chunk)
     for got, expected in zip(jax.tree.leaves(result), jax.tree.leaves(expected_result), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5 * float(jnp.abs(expected).max()))
 
