@@ -14,6 +14,10 @@ from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
 
+_FREE_SETTINGS = {"data": ("feature_cache", "damaged_shards")}
+"""Settings, by part of the configuration, that say where features lie and how files are mended; no result depends on
+them: a run may go on with a cache, with another one, or without."""
+
 
 class RunError(ValueError):
     """A run that cannot start or go on; the message says why and what to do."""
@@ -95,7 +99,7 @@ def open_run(config: RunConfig) -> RunFolder:
     if folder.config.exists():
         stored = json.loads(folder.config.read_text())
         fixed = _fixed_parts(folder, now)
-        differences = diff_configs({k: v for k, v in stored.items() if k in fixed}, {k: now[k] for k in fixed})
+        differences = diff_configs(_choose_parts(stored, fixed), _choose_parts(now, fixed))
         if differences:
             raise RunError(
                 f"{folder.root} holds results of another configuration; go on with the same one, give this run another "
@@ -103,6 +107,15 @@ def open_run(config: RunConfig) -> RunFolder:
             )
     write_text(folder.config, json.dumps(now, indent=2) + "\n")
     return folder
+
+
+def _choose_parts(config: dict[str, Any], parts: set[str]) -> dict[str, Any]:
+    """Return the parts of a configuration that are named, without the settings that no result depends on."""
+    chosen = {name: value for name, value in config.items() if name in parts}
+    for part, names in _FREE_SETTINGS.items():
+        if part in chosen:
+            chosen[part] = {name: value for name, value in chosen[part].items() if name not in names}
+    return chosen
 
 
 def _fixed_parts(folder: RunFolder, config: dict[str, Any]) -> set[str]:
