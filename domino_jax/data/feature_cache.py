@@ -268,9 +268,8 @@ class FeatureCache:
     def close(self, shard: int | None = None) -> None:
         """Close the file of a shard, or of all of them; it is opened again when a row is read."""
         for number in [shard] if shard is not None else list(self._readers):
-            reader = self._readers.pop(number, None)
-            if reader is not None:
-                reader.close()
+            if number in self._readers:
+                _close(self._readers.pop(number))
 
     @contextmanager
     def lock(self, say: Callable[[str], None]) -> Iterator[None]:
@@ -299,11 +298,12 @@ class FeatureCache:
         except (OSError, RuntimeError, ValueError) as error:
             raise self._damaged(shard, _one_line(error), is_whole_shard=True) from error
         if num_stored != num_rows:
-            reader.close()
-            raise self._damaged(shard, f"it holds {num_stored} records, not {num_rows}", is_whole_shard=True)
+            _close(reader)
+            found = f"it holds {num_stored} records, not {num_rows}" if num_stored else "its end is not readable"
+            raise self._damaged(shard, found, is_whole_shard=True)
         self._readers[shard] = reader
         if len(self._readers) > _OPEN_SHARDS:
-            self._readers.popitem(last=False)[1].close()
+            _close(self._readers.popitem(last=False)[1])
         return reader
 
     def _encode(self, chat: ChatRow, row: int) -> bytes:
@@ -406,7 +406,7 @@ class FeatureSource:
         except DamagedShardError as damage:
             raise FeatureCacheError(
                 f"{damage}, right after it was written again: the disk may be failing. Give another "
-                "--config.data.feature_cache, or an empty one to go on without a cache"
+                "--config.data.feature_cache; training goes on from its last checkpoint"
             ) from damage
 
     def _strip(self, chat: ChatRow) -> ChatRow:
@@ -449,6 +449,11 @@ def _import_array_record() -> Any:
             "or leave data.feature_cache empty"
         ) from error
     return array_record_module
+
+
+def _close(reader: Any) -> None:
+    with suppress(RuntimeError):  # what it complains of was told when it was read
+        reader.close()
 
 
 def _publish(part: Path, path: Path) -> None:
