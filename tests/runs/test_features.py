@@ -331,6 +331,23 @@ def test_a_stop_keeps_whole_shards(material, filled, tmp_path, monkeypatch):
     assert shard_files(tmp_path / "new") == shard_files(filled)
 
 
+def test_a_stop_inside_a_shard_gives_up_that_shard_alone(material, filled, tmp_path, monkeypatch):
+    config = make_config(material, tmp_path, tmp_path / "new", "kl")
+    add_features, calls = features_module._FeatureForward._add_features, []
+
+    def add_and_stop(self, *arguments):
+        add_features(self, *arguments)
+        calls.append(arguments)
+        if len(calls) == 3:  # two batches a shard
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(features_module._FeatureForward, "_add_features", add_and_stop)
+    with pytest.raises(RunStopped, match=r"stopped with 1 of 5 shards"):
+        open_cache(config)
+    assert len(calls) == 3
+    assert shard_files(tmp_path / "new") == dict(list(shard_files(filled).items())[:1])
+
+
 def damage_file(path: Path, how: str) -> None:
     content = bytearray(path.read_bytes())
     if how == "truncated":
