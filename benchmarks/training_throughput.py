@@ -41,7 +41,8 @@ from domino_jax.models.qwen3 import init_target_params
 from domino_jax.ops.attention import attend, attend_blocks
 from domino_jax.records import ChatRow
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
-from domino_jax.runs.draft import TargetModel, resolve_draft
+from domino_jax.runs.draft import resolve_draft
+from domino_jax.runs.target_model import TargetModel
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent

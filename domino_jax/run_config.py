@@ -109,6 +109,11 @@ class DataConfig:
         bad_rows: what to do with a row that cannot be used.
         max_bad_rows: more than this many skipped rows stop the run; -1: no cap.
         enable_thinking: passed to the tokenizer's chat template.
+        feature_cache: directory that the target's features are kept in; empty: every step runs the target.
+        feature_dtype: type they are kept in; float32 trains as without a cache, bfloat16 takes half the disk (and loses
+            nothing where `target.dtype` is bfloat16).
+        damaged_shards: what to do with a file of the cache that is damaged or gone: compute it again, or train
+            nothing on its rows.
     """
 
     train_path: str = ""
@@ -120,6 +125,9 @@ class DataConfig:
     bad_rows: Literal["skip", "fail"] = "skip"
     max_bad_rows: int = -1
     enable_thinking: bool = False
+    feature_cache: str = ""
+    feature_dtype: Literal["float32", "bfloat16"] = "float32"
+    damaged_shards: Literal["rebuild", "skip"] = "rebuild"
 
     def __post_init__(self) -> None:
         require_positive(self, "max_length", "batch_size", "micro_steps")
@@ -133,6 +141,13 @@ class DataConfig:
             self.batch_size % self.micro_steps == 0,
             f"batch_size {self.batch_size} must be a multiple of micro_steps {self.micro_steps}",
         )
+        for name, default in (("feature_dtype", "float32"), ("damaged_shards", "rebuild")):
+            value = getattr(self, name)
+            require(
+                bool(self.feature_cache) or value == default,
+                f"{name} is {value!r} while feature_cache is empty, so nothing would use it; give feature_cache a "
+                f"directory, or leave {name} at {default!r}",
+            )
 
 
 @dataclass(frozen=True)

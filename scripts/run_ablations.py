@@ -34,12 +34,13 @@ from domino_jax.models.qwen3 import Qwen3
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
-from domino_jax.runs.draft import TargetModel, read_held_out, resolve_draft, split_batch, start_state
+from domino_jax.runs.draft import read_held_out, resolve_draft, split_batch, start_state
 from domino_jax.runs.errors import explain_or_raise
 from domino_jax.runs.folder import RunError, RunFolder, write_text
 from domino_jax.runs.held_out import HeldOutPrompts, decode_held_out, tokens_by_round
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.pages import render_table
+from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import load_target_model
 from domino_jax.training.step import make_train_step
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -43,6 +43,7 @@ class RowIndex:
         num_learned_tokens: those of them with a loss mask of 1.
         num_truncated: usable rows that lost tokens to `max_length`.
         fingerprint: hash of the bytes of the usable rows.
+        token_fingerprint: hash of their token ids and loss masks.
     """
 
     report: RowReport
@@ -54,6 +55,22 @@ class RowIndex:
     num_learned_tokens: int = 0
     num_truncated: int = 0
     fingerprint: str = ""
+    token_fingerprint: str = ""
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Random access to usable rows; what `build_dataset` shuffles and batches."""
+
+    index: RowIndex
+
+    def __len__(self) -> int:
+        """Return the number of usable rows."""
+        ...
+
+    def __getitem__(self, row: int) -> ChatRow:
+        """Return one row."""
+        ...
 
 
 class ChatSource:
@@ -97,7 +114,7 @@ class ChatSource:
 
     def _check_rows(self, report: RowReport) -> RowIndex:
         index = RowIndex(report)
-        digest = hashlib.sha256()
+        digest, token_digest = hashlib.sha256(), hashlib.sha256()
         for row in scan_rows(self._path):
             try:
                 ids, loss_mask, num_all = self._tokenise(row)
@@ -113,8 +130,9 @@ class ChatSource:
             index.num_learned_tokens += sum(loss_mask)
             index.num_truncated += num_all > len(ids)
             digest.update(row.content)
+            token_digest.update(np.array([ids, loss_mask], "<i4").tobytes())
         report.require_good()
-        index.fingerprint = digest.hexdigest()[:16]
+        index.fingerprint, index.token_fingerprint = digest.hexdigest()[:16], token_digest.hexdigest()[:16]
         return index
 
     def _tokenise(self, row: RawRow) -> tuple[list[int], list[int], int]:
@@ -198,10 +216,12 @@ def build_dataset(
     process_index: int = 0,
     process_count: int = 1,
     bad_rows_log: Path | None = None,
+    source: RowSource | None = None,
 ) -> tuple[BatchIterator, RowIndex, int]:
     """Check `path` and return its batches, what the check found, and the number of usable rows.
 
     Bad rows that are skipped are written to `bad_rows_log`, one JSON object a line; the log of an earlier check goes.
+    `source` has the rows of `path` where they are checked already; the order of the batches is the same.
     `num_epochs` may be a fraction; None never ends. With fewer rows than a batch a batch holds a row more than once,
     from successive epochs. Each of `process_count` processes gets `batch_size / process_count` rows of every batch.
 
@@ -211,7 +231,8 @@ def build_dataset(
         ValueError: `batch_size` does not divide over the processes, or an argument is out of range.
     """
     _check_arguments(config, seed, num_epochs, process_index, process_count)
-    source = ChatSource(path, tokenizer, config, vocab_size, bad_rows_log)
+    if source is None:
+        source = ChatSource(path, tokenizer, config, vocab_size, bad_rows_log)
     num_rows = len(source)
     num_batches, num_left = None, 0
     if num_epochs is not None:

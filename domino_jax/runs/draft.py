@@ -13,23 +13,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
-from domino_jax.data.pipeline import BatchIterator, RowIndex, build_dataset
+from domino_jax.data.pipeline import BatchIterator, ChatSource, RowIndex, RowSource, build_dataset
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
+from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.monitor import RunMonitor, StageProgress
-from domino_jax.shapes import Params
+from domino_jax.runs.target_model import TargetModel
 from domino_jax.training.draft_init import check_start, start_from_target
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
@@ -39,20 +39,6 @@ _EVAL_BATCH = 32
 
 class TrainingError(ValueError):
     """A training that cannot go on; the message names the batch."""
-
-
-@dataclass(frozen=True)
-class TargetModel:
-    """A loaded target and what belongs to it.
-
-    Attributes:
-        path: directory or hub id it was loaded from.
-    """
-
-    path: str
-    config: TargetConfig
-    params: Params
-    tokenizer: PreTrainedTokenizerBase
 
 
 def read_held_out(
@@ -183,21 +169,22 @@ def train_draft(
     Raises:
         RunStopped: the run was asked to stop and has saved.
         ResponsesError: the data cannot be used.
+        FeatureCacheError: the features cannot be kept, or those that are kept do not belong to the run.
         TrainingError: too many updates in a row are not finite.
         CheckpointError: the drafter does not fit the target, no checkpoint can be used, or none can be written.
         RunError: target or held-out prompts are not those of the latest checkpoint.
     """
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
-    batches, index, num_rows = build_dataset(
-        train_path,
-        target.tokenizer,
-        config.data,
-        target.config.vocab_size,
-        config.seed,
-        epochs,
-        bad_rows_log=folder.root / "bad_rows.jsonl",
+    chats = ChatSource(
+        train_path, target.tokenizer, config.data, target.config.vocab_size, folder.root / "bad_rows.jsonl"
     )
+
+    def batch_rows(source: RowSource) -> tuple[BatchIterator, RowIndex, int]:
+        vocab_size = target.config.vocab_size
+        return build_dataset(train_path, target.tokenizer, config.data, vocab_size, config.seed, epochs, source=source)
+
+    batches, index, num_rows = batch_rows(chats)
     monitor.say(
         f"data: {num_rows} rows ({index.num_truncated} cut to max_length {config.data.max_length}), "
         f"{index.num_tokens} tokens, {index.num_learned_tokens} learned"
@@ -207,6 +194,8 @@ def train_draft(
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0
     checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints, monitor.say)
+    if config.data.feature_cache and checkpoints.latest_step() != num_steps:  # a finished run needs no features
+        batches, _, _ = batch_rows(open_features(config, draft, target, chats, monitor))
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
     run = _Training(config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps)
     try:

@@ -30,7 +30,6 @@ from domino_jax.models.qwen3 import init_target_params
 from domino_jax.records import ChatRow, TrainBatch
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import (
-    TargetModel,
     build_train_step,
     read_held_out,
     resolve_draft,
@@ -40,6 +39,7 @@ from domino_jax.runs.draft import (
 from domino_jax.runs.embedded import embedded_target_config, read_corpus_chats
 from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
+from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import check_run, find_target
 from domino_jax.training.step import TrainState, create_train_state
 

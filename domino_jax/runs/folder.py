@@ -14,8 +14,9 @@ from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
 
-_FREE_SETTINGS = {"train": ("wandb_project",)}
-"""Settings, by part of the configuration, that say where metrics are shown; no result ever depends on them."""
+_FREE_SETTINGS = {"train": ("wandb_project",), "data": ("feature_cache", "damaged_shards")}
+"""Settings, by part of the configuration, that say where metrics are shown, where features lie and how files are
+mended; no result depends on them, and a run may go on with others."""
 
 
 class RunError(ValueError):

@@ -31,12 +31,13 @@ from domino_jax.evaluation.metrics import (
 )
 from domino_jax.evaluation.prompts import Prompt
 from domino_jax.run_config import RunConfig
-from domino_jax.runs.draft import TargetModel, read_held_out
+from domino_jax.runs.draft import read_held_out
 from domino_jax.runs.embedded import decode_answer, read_corpus_chats
 from domino_jax.runs.folder import RunFolder, write_text
 from domino_jax.runs.held_out import HeldOutPrompts, decode_held_out, tokens_by_round
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.pages import plot_metrics, render_samples, render_table
+from domino_jax.runs.target_model import TargetModel
 
 _TIMED_PROMPTS, _TIMED_REPEATS = 16, 3
 _BATCH = 32

@@ -6,10 +6,12 @@ from pathlib import Path
 from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
 from domino_jax.config import require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.data.feature_cache import check_array_record
+from domino_jax.data.pipeline import ChatSource
 from domino_jax.data.tokenizer import MASK, SPECIAL_TOKENS
 from domino_jax.decoding.generate import Decoder
 from domino_jax.run_config import CorpusConfig, RunConfig
-from domino_jax.runs.draft import TargetModel, train_draft
+from domino_jax.runs.draft import resolve_draft, train_draft
 from domino_jax.runs.embedded import (
     build_corpus,
     build_target,
@@ -17,12 +19,14 @@ from domino_jax.runs.embedded import (
     prompt_messages,
     read_corpus_chats,
 )
+from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder, open_run, write_text
 from domino_jax.runs.model_card import write_model_cards
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
+from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.wandb_log import WandbLog, load_wandb
 from domino_jax.training.draft_init import check_start
 
@@ -41,14 +45,7 @@ def run_training(config: RunConfig) -> None:
     try:
         if config.train.wandb_project:
             monitor.also_log_to(WandbLog(config, folder, monitor.say))
-        train_path, eval_path = config.data.train_path, config.data.eval_path
-        if config.corpus:
-            build_corpus(config, config.corpus, folder, monitor)
-            build_target(config, config.corpus, folder, monitor)
-        target = load_target_model(config, folder)
-        if config.corpus:
-            _answer_prompts(config, config.corpus, folder, target, monitor)
-            train_path, eval_path = str(folder.responses), str(folder.eval_chats)
+        target, train_path, eval_path = _prepare(config, folder, monitor)
         warnings = warn_of_mismatches(config, train_path, target, monitor)
         trained = train_draft(config, folder, target, train_path, eval_path, monitor)
         numbers = write_report(config, folder, target, eval_path, monitor)
@@ -57,11 +54,46 @@ def run_training(config: RunConfig) -> None:
         monitor.close()
 
 
+def cache_features(config: RunConfig, verify: bool = False) -> None:
+    """Do every stage up to the feature cache, which is filled; with `verify` every record that is there is read.
+
+    Raises:
+        ConfigError: `data.feature_cache` is empty.
+        ValueError: as `run_training`.
+    """
+    require(bool(config.data.feature_cache), "data.feature_cache is empty; give a directory")
+    check_run(config)
+    folder = open_run(config)
+    monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
+    try:
+        target, train_path, _ = _prepare(config, folder, monitor)
+        bad_rows_log = folder.root / "bad_rows.jsonl"
+        chats = ChatSource(train_path, target.tokenizer, config.data, target.config.vocab_size, bad_rows_log)
+        if chats.index.report.num_bad:
+            monitor.say(chats.index.report.summary())
+        open_features(config, resolve_draft(config, target), target, chats, monitor, verify)
+        monitor.say(f"features of {len(chats)} rows are in {config.data.feature_cache}")
+    finally:
+        monitor.close()
+
+
+def _prepare(config: RunConfig, folder: RunFolder, monitor: RunMonitor) -> tuple[TargetModel, str, str]:
+    """Do the stages before the drafter; return the target and the files of training and held-out chats."""
+    if config.corpus is None:
+        return load_target_model(config, folder), config.data.train_path, config.data.eval_path
+    build_corpus(config, config.corpus, folder, monitor)
+    build_target(config, config.corpus, folder, monitor)
+    target = load_target_model(config, folder)
+    _answer_prompts(config, config.corpus, folder, target, monitor)
+    return target, str(folder.responses), str(folder.eval_chats)
+
+
 def check_run(config: RunConfig) -> None:
     """Refuse, before the first minute is spent, what a later stage would refuse.
 
     Raises:
         RunError: a file of chats or a package is missing, or held-out answers leave no room for a prompt.
+        FeatureCacheError: features are to be kept and this platform has no ArrayRecord.
         ConfigError: drafter or sequences do not fit the target that the run builds.
     """
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
@@ -69,6 +101,9 @@ def check_run(config: RunConfig) -> None:
             raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
     if config.train.wandb_project:
         load_wandb()
+
+    if config.data.feature_cache:
+        check_array_record()
     if config.corpus:
         budget, context = config.train.eval_max_new_tokens, config.corpus.max_length
         length = config.data.max_length

@@ -158,6 +158,8 @@ def _make_micro_loss(
         if features is None:
             output = target.apply({"params": target_params}, inputs.input_ids)
             features, last_hidden = output.features, output.hidden
+        elif last_hidden is not None:
+            last_hidden = last_hidden.astype(target_dtype)  # the head is multiplied in the type it would have online
         return block_losses(
             draft_config,
             objective,

@@ -44,3 +44,13 @@ def test_responses_fix_how_chats_are_read_and_a_checkpoint_fixes_all(tmp_path):
     (folder.checkpoints / "2").mkdir(parents=True)
     with pytest.raises(RunError, match=r"train\.num_steps: stored 3, now 0"):
         open_run(config)
+
+
+def test_where_features_lie_may_change_and_their_type_may_not(tmp_path):
+    config = make_config(tmp_path)
+    (open_run(config).checkpoints / "2").mkdir(parents=True)
+    cached = replace(config, data=replace(config.data, feature_cache="a", damaged_shards="skip"))
+    open_run(cached)
+    open_run(config)
+    with pytest.raises(RunError, match=r"data\.feature_dtype: stored 'float32', now 'bfloat16'"):
+        open_run(replace(config, data=replace(cached.data, feature_dtype="bfloat16")))

@@ -7,8 +7,8 @@ import pytest
 
 from domino_jax.checkpoints.huggingface import read_target_config
 from domino_jax.data.chat_template import load_tokenizer
-from domino_jax.runs.draft import TargetModel
 from domino_jax.runs.provenance import describe_directory, describe_tokenizer, find_mismatches, settings_path
+from domino_jax.runs.target_model import TargetModel
 
 
 @pytest.fixture(scope="module")
