@@ -37,6 +37,7 @@ from domino_jax.runs.draft import (
     start_state,
 )
 from domino_jax.runs.embedded import embedded_target_config, read_corpus_chats
+from domino_jax.runs.features import choose_feature_shape
 from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.target_model import TargetModel
@@ -56,6 +57,7 @@ class _Rehearsal:
     Attributes:
         examples: training rows.
         num_steps: optimizer steps of the whole run.
+        num_tokens: tokens of all rows; None while the target has not answered.
         is_random: the target is not built yet.
     """
 
@@ -67,6 +69,7 @@ class _Rehearsal:
     batch: TrainBatch
     examples: list[ChatRow]
     num_steps: int
+    num_tokens: int | None
     is_random: bool
 
 
@@ -119,11 +122,11 @@ def _prepare(config: RunConfig, folder: RunFolder, monitor: RunMonitor) -> _Rehe
         monitor.say(f"target: {path}")
     draft = resolve_draft(config, target)
     if config.corpus and chats:
-        batch, examples, num_steps = _imagine_data(config, config.corpus, target, chats, monitor)
+        batch, examples, num_steps, num_tokens = _imagine_data(config, config.corpus, target, chats, monitor)
     else:
-        batch, examples, num_steps = _read_data(config, folder, target, monitor)
+        batch, examples, num_steps, num_tokens = _read_data(config, folder, target, monitor)
     state = jax.eval_shape(partial(create_train_state, draft, config.optimizer), jax.random.key(config.seed))
-    return _Rehearsal(config, folder, target, draft, state, batch, examples, num_steps, is_random)
+    return _Rehearsal(config, folder, target, draft, state, batch, examples, num_steps, num_tokens, is_random)
 
 
 def _corpus_chats(config: RunConfig, corpus: CorpusConfig, folder: RunFolder) -> list[Messages]:
@@ -152,7 +155,7 @@ def _imagine_data(
     target: TargetModel,
     chats: Sequence[Messages],
     monitor: RunMonitor,
-) -> tuple[TrainBatch, list[ChatRow], int]:
+) -> tuple[TrainBatch, list[ChatRow], int, int | None]:
     chats = chats[: corpus.num_draft_chats or None]
     batch_size, max_length = config.data.batch_size, config.data.max_length
     rows = list(islice(_render(config, target.tokenizer, chats), max(batch_size, _NUM_EXAMPLES)))
@@ -165,7 +168,12 @@ def _imagine_data(
         "are the corpus' own"
     )
     num_steps = config.train.num_steps or round(config.train.num_epochs * len(chats)) // batch_size
-    return pad_batch([rows[i % len(rows)] for i in range(batch_size)], max_length), rows[:_NUM_EXAMPLES], num_steps
+    return (
+        pad_batch([rows[i % len(rows)] for i in range(batch_size)], max_length),
+        rows[:_NUM_EXAMPLES],
+        num_steps,
+        None,
+    )
 
 
 def _render(config: RunConfig, tokenizer: PreTrainedTokenizerBase, chats: Sequence[Messages]) -> Iterator[ChatRow]:
@@ -179,7 +187,7 @@ def _render(config: RunConfig, tokenizer: PreTrainedTokenizerBase, chats: Sequen
 
 def _read_data(
     config: RunConfig, folder: RunFolder, target: TargetModel, monitor: RunMonitor
-) -> tuple[TrainBatch, list[ChatRow], int]:
+) -> tuple[TrainBatch, list[ChatRow], int, int | None]:
     train_path = str(folder.responses) if config.corpus else config.data.train_path
     eval_path = str(folder.eval_chats) if config.corpus else config.data.eval_path
     epochs = None if config.train.num_steps else config.train.num_epochs
@@ -201,7 +209,10 @@ def _read_data(
         if following is None:
             break
         rows += _unpad(following)
-    return first, rows[:_NUM_EXAMPLES], config.train.num_steps or batches.num_batches or 0
+    num_steps = config.train.num_steps or batches.num_batches or 0
+    # The widest bucket needs the most memory; padding changes no loss.
+    batch = pad_batch(_unpad(first), config.data.max_length)
+    return batch, rows[:_NUM_EXAMPLES], num_steps, index.num_tokens
 
 
 def _unpad(batch: TrainBatch) -> list[ChatRow]:
@@ -234,14 +245,26 @@ def _disk_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
         ("exported drafters: the best, the latest", 2 * _num_bytes(rehearsal.state.params)),
     ]
     if rehearsal.config.corpus:
-        # Its one checkpoint holds float32 weights and two moments, and lies beside the next while that is written.
-        parts.append(("embedded target and its checkpoints", (1 + 2 * 3) * 4 * _count(rehearsal.target.params)))
+        # A checkpoint holds float32 weights and two moments; two lie beside the next one while that is written.
+        parts.append(("embedded target and its checkpoints", (1 + 3 * 3) * 4 * _count(rehearsal.target.params)))
     existing = next(path for path in (p for p in _and_parents(rehearsal.folder.root) if p.exists()))
     return [
         *((name, format_bytes(size)) for name, size in parts),
         ("in all, at most (without data, metrics and report)", format_bytes(sum(size for _, size in parts))),
         (f"free at {existing}", format_bytes(shutil.disk_usage(existing).free)),
+        *_feature_lines(rehearsal),
     ]
+
+
+def _feature_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
+    data = rehearsal.config.data
+    if not data.feature_cache:
+        return []
+    name = f"features in {data.feature_cache}, beside it"
+    if rehearsal.num_tokens is None:
+        return [(name, "not known before the target has answered")]
+    shape = choose_feature_shape(rehearsal.config, rehearsal.draft, rehearsal.target.config)
+    return [(name, f"{format_bytes(rehearsal.num_tokens * shape.bytes_per_token)}, less what is there already")]
 
 
 def _and_parents(path: Path) -> list[Path]:

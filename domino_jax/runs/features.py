@@ -22,7 +22,7 @@ import numpy as np
 
 from domino_jax.checkpoints.fingerprint import fingerprint_target
 from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import DraftConfig
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.data.feature_cache import (
     DamagedShardError,
     FeatureCache,
@@ -91,6 +91,12 @@ def open_features(
     return FeatureSource(chats, cache, with_hidden, kept, rebuild if data.damaged_shards == "rebuild" else None, say)
 
 
+def choose_feature_shape(config: RunConfig, draft: DraftConfig, target: TargetConfig) -> FeatureShape:
+    """Return what is kept of a token: the captured streams, and the last hidden state where the objective needs it."""
+    hidden_width = target.hidden_size if config.objective.match != "none" else 0
+    return FeatureShape(target.hidden_size * len(draft.target_layer_ids), hidden_width, config.data.feature_dtype)
+
+
 def _claim(config: RunConfig, draft: DraftConfig, target: TargetModel, chats: ChatSource) -> FeatureCache:
     """Return the cache of the run, which may be empty.
 
@@ -104,10 +110,9 @@ def _claim(config: RunConfig, draft: DraftConfig, target: TargetModel, chats: Ch
             f"data.feature_cache is {data.feature_cache!r}, which is no directory; give another one"
         )
     stored = read_index(directory)
-    hidden_width = target.config.hidden_size if config.objective.match != "none" else 0
-    if stored and not hidden_width:
-        hidden_width = stored["identity"].get("hidden_width", 0)  # a cache that holds more serves as well
-    shape = FeatureShape(target.config.hidden_size * len(draft.target_layer_ids), hidden_width, data.feature_dtype)
+    shape = choose_feature_shape(config, draft, target.config)
+    if stored and not shape.hidden_width:
+        shape = replace(shape, hidden_width=stored["identity"].get("hidden_width", 0))  # one that holds more serves too
     identity = {
         "rows": index.fingerprint,
         "tokens": index.token_fingerprint,

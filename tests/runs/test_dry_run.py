@@ -116,10 +116,11 @@ def find(pattern, said):
 
 def test_its_loss_and_sizes_are_those_of_the_run(material, tmp_path, capsys, monkeypatch):
     config = make_config(material, tmp_path)
-    config = replace(config, data=replace(config.data, eval_path=""))
-    rehearse(config)
+    data = replace(config.data, eval_path="", bucket_widths=(40,))
+    rehearse(replace(config, data=replace(data, feature_cache=str(tmp_path / "features"))))
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    config = replace(config, data=data)
     monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
     run_training(config)
     row = next(row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "draft")
@@ -135,6 +136,8 @@ def test_its_loss_and_sizes_are_those_of_the_run(material, tmp_path, capsys, mon
     assert find(r"^  drafter's weights \(float32\) +(.*)$", said) == format_bytes(4 * trained)
     assert find(r"^  target features of a micro-step +(.*)$", said) == format_bytes(4 * 2 * 48 * 1 * 16)
     assert find(r"^  exported drafters.*latest +(.*)$", said) == format_bytes(2 * 4 * trained)
+    num_tokens = int(find(r"^data: .* ([\d,]+) tokens, ", said))
+    assert find(r"^  features in .*, beside it +(.*), less what", said) == format_bytes(4 * 16 * num_tokens)
     for name in ("optimizer moments", "gradients", "XLA: in all", "checkpoints: ", "free at"):
         assert re.search(rf"^  {name}.* [\d.]+ (B|KiB|MiB|GiB)$", said, flags=re.MULTILINE), name
 
