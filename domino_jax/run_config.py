@@ -6,11 +6,31 @@ Knows nothing about arrays, files or devices, and never imports jax.
 Source: the published Domino recipe, arXiv 2605.29707, for names and defaults.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal
 
-from domino_jax.config import DraftConfig, TargetConfig, default_target_layer_ids, require, require_positive
+from domino_jax.config import (
+    ConfigError,
+    DraftConfig,
+    TargetConfig,
+    default_target_layer_ids,
+    require,
+    require_positive,
+)
+
+
+def require_used(config: Any, is_used: bool, why_not: str, *names: str) -> None:
+    """Refuse a configuration that sets one of the named values where it has no effect.
+
+    Raises:
+        ConfigError: `is_used` is False and a value is not the default one.
+    """
+    defaults = {field.name: field.default for field in fields(config)}
+    changed = [] if is_used else [name for name in names if getattr(config, name) != defaults[name]]
+    if changed:
+        values = " and ".join(f"{name} is {getattr(config, name)!r}" for name in changed)
+        raise ConfigError(f"{values}, but {why_not}: nothing would come of it")
 
 
 def require_ratio(config: Any, *names: str) -> None:
@@ -188,6 +208,14 @@ class ObjectiveConfig:
         require_positive(self, "num_anchors", "head_chunk", "attention_chunk", "lk_eta", "dpace_alpha")
         require(self.loss_decay_gamma >= 0, f"loss_decay_gamma is {self.loss_decay_gamma}; use 0 for no decay")
         require_ratio(self, "base_weight_start", "base_weight_decay_ratio", "match_weight", "dpace_alpha")
+        require_used(self, self.match != "none", "match is 'none'", "match_weight")
+        require_used(self, self.match == "lk-hybrid", f"match is {self.match!r}, not 'lk-hybrid'", "lk_eta")
+        require_used(self, self.slot_weights == "dpace", "slot_weights is 'decay'", "dpace_alpha")
+        require(
+            self.base_weight_shape != "constant" or self.base_weight_start < 1,
+            "base_weight_shape is 'constant' and base_weight_start 1: lambda would stay 1 and the corrected logits "
+            "would never learn; lower base_weight_start, or choose 'linear' or 'cosine'",
+        )
 
 
 @dataclass(frozen=True)
@@ -221,6 +249,7 @@ class OptimizerConfig:
         for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(0.0 <= value < 1.0, f"{name} is {value!r}; it must lie in [0, 1): 1 would never forget")
+        require_used(self, self.kind == "muon", f"kind is {self.kind!r}, not 'muon'", "momentum")
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay}; it must be 0 or more")
         require(self.clip_norm >= 0, f"clip_norm is {self.clip_norm}; it must be 0 (off) or positive")
 

@@ -22,7 +22,7 @@ from domino_jax.config_flags import (
     parse_config,
     parse_or_exit,
 )
-from domino_jax.run_config import CorpusConfig, RunConfig
+from domino_jax.run_config import CorpusConfig, ObjectiveConfig, OptimizerConfig, RunConfig
 
 CONFIG_FILE = """
 from domino_jax.run_config import CorpusConfig, RunConfig
@@ -243,3 +243,18 @@ def test_unknown_name_in_stored_configuration_is_refused():
     values["train"]["num_step"] = 3
     with pytest.raises(ConfigError, match=r"train\.num_step.*num_steps"):
         from_json_dict(RunConfig, values)
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (ObjectiveConfig, {"match_weight": 0.9}, "match_weight is 0.9, but match is 'none'"),
+        (ObjectiveConfig, {"match": "kl", "lk_eta": 2.0}, "lk_eta is 2.0, but match is 'kl', not 'lk-hybrid'"),
+        (ObjectiveConfig, {"dpace_alpha": 0.4}, "dpace_alpha is 0.4, but slot_weights is 'decay'"),
+        (OptimizerConfig, {"momentum": 0.9}, "momentum is 0.9, but kind is 'adamw', not 'muon'"),
+        (ObjectiveConfig, {"base_weight_shape": "constant"}, "the corrected logits would never learn"),
+    ],
+)
+def test_settings_that_would_come_to_nothing_are_refused(part, values, message):
+    with pytest.raises(ConfigError, match=message):
+        part(**values)

@@ -13,14 +13,15 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from domino_jax.checkpoints.safetensors_io import read_json_object
+from domino_jax.config import to_json_dict
 from domino_jax.data.pipeline import RowIndex
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.draft import TrainedDraft
 from domino_jax.runs.folder import RunFolder, write_text
 from domino_jax.runs.monitor import read_rows
 from domino_jax.runs.pages import render_table
+from domino_jax.runs.provenance import name_writer, settings_path
 from domino_jax.runs.report import ReportNumbers, best_width_sentence
-from domino_jax.runs.responses import settings_path
 
 CARD_FILE = "README.md"
 _NOT_MEASURED = "not measured"
@@ -173,7 +174,7 @@ def _data(config: RunConfig, index: RowIndex, warnings: Sequence[str]) -> list[s
 def _where_from(config: RunConfig) -> str:
     if config.corpus:
         return f"made from Python's standard library by the run ({config.corpus.task})"
-    return config.data.train_path
+    return Path(config.data.train_path).name
 
 
 def _who_answered(config: RunConfig) -> str:
@@ -185,7 +186,7 @@ def _who_answered(config: RunConfig) -> str:
     made_from = read_json_object(record)
     temperature = made_from.get("sampling", {}).get("temperature", 0.0)
     how = "greedy" if temperature == 0 else f"temperature {temperature}"
-    return f"{made_from.get('target', 'not recorded')}, {how}"
+    return f"{name_writer(made_from.get('target'))}, {how}"
 
 
 def _settings(config: RunConfig, step: int, trained: TrainedDraft) -> list[dict[str, Any]]:
@@ -197,13 +198,15 @@ def _settings(config: RunConfig, step: int, trained: TrainedDraft) -> list[dict[
         "target layers read": ", ".join(map(str, draft.target_layer_ids)),
         "head": head,
         "initial weights": "copied from the target" if config.draft.initial_weights == "target" else "drawn",
-        "objective": f"{objective.num_anchors} anchors a sequence, gamma {objective.loss_decay_gamma:g}, lambda from "
-        f"{objective.base_weight_start:g} to 0 over {objective.base_weight_decay_ratio:g} of the steps",
-        "optimizer": f"AdamW, learning rate {optimizer.learning_rate:g}, warm-up {optimizer.warmup_ratio:g}, betas "
-        f"{optimizer.b1:g} and {optimizer.b2:g}, weight decay {optimizer.weight_decay:g}, clip {optimizer.clip_norm:g}",
+        "objective": _list_fields(objective),
+        "optimizer": _list_fields(optimizer),
         "steps": f"{step} of {trained.num_steps}, batches of {config.data.batch_size}",
         "sequence length": config.data.max_length,
         "types": f"target {config.target.dtype}, activations {config.train.compute_dtype}, trained weights float32",
         "seed": config.seed,
     }
     return [{"setting": name, "value": value} for name, value in values.items()]
+
+
+def _list_fields(config: Any) -> str:
+    return ", ".join(f"{name} {value}" for name, value in to_json_dict(config).items())

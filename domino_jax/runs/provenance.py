@@ -45,6 +45,15 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     }
 
 
+def name_writer(writer: Any) -> str:
+    """Return who answered, from the `target` of a settings file, in a form for the public: no host and no folder."""
+    if not isinstance(writer, Mapping) or writer.get("kind") not in (DIRECTORY, ENDPOINT):
+        return "not recorded"
+    if writer["kind"] == ENDPOINT:
+        return f"{_last_part(str(writer.get('model', '')))} behind an endpoint"
+    return _last_part(str(writer.get("path", "")))
+
+
 def find_mismatches(train_path: Path, target: TargetModel, target_path: str, enable_thinking: bool) -> list[str]:
     """Return a line for everything in which the answers of `train_path` and a run that trains on them do not match.
 

@@ -1,4 +1,4 @@
-"""The jitted training and evaluation steps of a drafter, and the state they carry.
+"""The jitted training step of a drafter, and the state they carry.
 
 A step takes token ids, a loss mask and lengths, split into micro-steps, runs the frozen target on them to get its
 features (or takes features computed before), draws anchors, sums losses and gradients over the micro-steps, divides
@@ -261,25 +261,3 @@ def make_train_step(
         return state, metrics
 
     return jax.jit(train_step, donate_argnums=0)
-
-
-def make_eval_step(
-    target_config: TargetConfig,
-    draft_config: DraftConfig,
-    objective: ObjectiveConfig,
-    compute_dtype: str = "float32",
-    target_dtype: str = "float32",
-) -> Callable[..., LossSums]:
-    """Return the jitted `eval_step(params, target_params, inputs: StepInputs, key) -> LossSums`.
-
-    It scores one micro-step teacher-forced, without an update. Add the sums of several batches with `add_sums` and
-    read them with `compute_metrics`; the same key draws the same anchors.
-    """
-    micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
-
-    @in_full_precision
-    def eval_step(params: Params, target_params: Params, inputs: StepInputs, key: Array) -> LossSums:
-        (inputs,) = jax.tree.map(lambda x: x[0], [inputs])
-        return micro_loss(params, target_params, key, jnp.zeros((), jnp.int32), inputs)
-
-    return jax.jit(eval_step)

@@ -137,7 +137,9 @@ def test_its_loss_and_sizes_are_those_of_the_run(material, tmp_path, capsys, mon
     assert find(r"^  target features of a micro-step +(.*)$", said) == format_bytes(4 * 2 * 48 * 1 * 16)
     assert find(r"^  exported drafters.*latest +(.*)$", said) == format_bytes(2 * 4 * trained)
     num_tokens = int(find(r"^data: .* ([\d,]+) tokens, ", said))
-    assert find(r"^  features in .*, beside it +(.*), less what", said) == format_bytes(4 * 16 * num_tokens)
+    assert find(r"^  features in .*, beside it +(.*), less what", said) == format_bytes(
+        (4 * 16 + 5) * num_tokens
+    )  # id and mask too
     for name in ("optimizer moments", "gradients", "XLA: in all", "checkpoints: ", "free at"):
         assert re.search(rf"^  {name}.* [\d.]+ (B|KiB|MiB|GiB)$", said, flags=re.MULTILINE), name
 

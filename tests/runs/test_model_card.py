@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from domino_jax.config import DraftConfig
+from domino_jax.config import DraftConfig, SamplingConfig
 from domino_jax.data.pipeline import RowIndex
 from domino_jax.data.responses import RowReport
-from domino_jax.run_config import CorpusConfig, DataConfig, RunConfig, TargetSource
+from domino_jax.run_config import CorpusConfig, DataConfig, ObjectiveConfig, OptimizerConfig, RunConfig, TargetSource
 from domino_jax.runs.draft import TrainedDraft
 from domino_jax.runs.folder import RunFolder
 from domino_jax.runs.model_card import render_card, write_model_cards
+from domino_jax.runs.provenance import settings_path
 from domino_jax.runs.report import ReportNumbers
-from domino_jax.runs.responses import settings_path
+from domino_jax.runs.responses import ResponseSettings, describe_job
 
 NUMBERS = ReportNumbers(
     device="cpu",
@@ -86,6 +87,13 @@ def test_numbers_are_those_given_and_a_dash_is_what_is_missing(config):
     assert 'load_target("Qwen/Qwen3-8B", "bfloat16")' in card and "`DominoDraftModel`" in card
 
 
+def test_objective_and_optimizer_are_those_of_the_run(config):
+    objective = ObjectiveConfig(slot_weights="dpace", match="kl", base_weight_shape="cosine")
+    card = card_of(replace(config, objective=objective, optimizer=OptimizerConfig(kind="muon")))
+    for said in ("slot_weights dpace", "match kl", "match_weight 0.5", "base_weight_shape cosine", "kind muon"):
+        assert said in card, said
+
+
 def test_a_later_drafter_does_not_borrow_the_numbers_of_the_best(config):
     folder = RunFolder(Path(config.output_dir) / config.name)
     for directory in (folder.best_draft, folder.latest_draft):
@@ -108,10 +116,25 @@ def test_without_held_out_chats_nothing_is_claimed(config):
 
 def test_who_answered_and_what_a_user_must_know(config):
     assert "not recorded (train.jsonl.settings.json is missing)" in card_of(config)
-    record = {"target": "/models/qwen", "sampling": {"temperature": 0.7}}
-    settings_path(Path(config.data.train_path)).write_text(json.dumps(record))
-    card = card_of(config, warnings=["The answers are another model's."])
-    assert "| who wrote the answers | /models/qwen, temperature 0.7 |" in card
+    url = "http://gpu7.internal:30000/v1"
+    writers = {
+        "qwen3-8b": {"kind": "directory", "path": "/secret/models/Qwen3-8B"},
+        "qwen3-8b behind an endpoint": {
+            "kind": "endpoint",
+            "model": "Qwen/Qwen3-8B",
+            "root": "/secret/q",
+            "urls": [url],
+        },
+        "not recorded": "a model",
+    }
+    for shown, writer in writers.items():
+        record = {"target": writer, "sampling": {"temperature": 0.7}}
+        if isinstance(writer, dict):
+            record = describe_job(writer, Path("in.jsonl"), [], ResponseSettings(8, 8, 1, SamplingConfig(0.7)))
+        settings_path(Path(config.data.train_path)).write_text(json.dumps(record))
+        card = card_of(config, warnings=["The answers are another model's."])
+        assert f"| who wrote the answers | {shown}, temperature 0.7 |" in card
+        assert "secret" not in card and "internal" not in card
     assert "- The answers are another model's." in card and "**Mind:**" not in card_of(config)
     embedded = replace(config, target=TargetSource(), data=DataConfig(), corpus=CorpusConfig())
     card = card_of(embedded)

@@ -94,7 +94,9 @@ CHOICES = [
 
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice.values()))
 def test_value_and_gradient_are_those_of_naive_loops(choice):
-    objective = ObjectiveConfig(**choice, match_weight=0.4, dpace_alpha=0.35)
+    more = {"match_weight": 0.4} if choice["match"] != "none" else {}
+    more |= {"dpace_alpha": 0.35} if choice["slot_weights"] == "dpace" else {}
+    objective = ObjectiveConfig(**choice, **more)
     corrected, base, target, labels, weights, is_scored = draw_case()
     weights = is_scored if objective.slot_weights == "dpace" else weights
     frozen = freeze(objective, corrected, base, target, labels, weights, is_scored)
@@ -146,3 +148,42 @@ def test_lk_alpha_is_the_cross_entropy_for_a_certain_target():
 def test_impossible_settings_are_named(field, value, allowed):
     with pytest.raises(ConfigError, match=f"{field} is {value}.*{allowed}"):
         ObjectiveConfig(**{field: value})
+
+
+@pytest.mark.parametrize("shift_label", [True, False])
+def test_the_targets_states_are_those_that_predict_each_drafted_token(shift_label, monkeypatch):
+    """Drafted token i of an anchor a is what the target predicts at position a + i, whatever the label layout."""
+    from domino_jax.config import DraftConfig
+    from domino_jax.models.domino_head import init_draft_params
+    from domino_jax.training import loss as loss_module
+
+    config = DraftConfig(
+        vocab_size=VOCAB, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=8, num_target_layers=4, target_layer_ids=(2,), block_size=4, mask_token_id=0,
+        shift_label=shift_label, gru_hidden_dim=4, emb_dim=2,
+    )  # fmt: skip
+    length, anchors = 9, np.array([[1, 4, 7]], np.int32)
+    hidden = jnp.broadcast_to(jnp.arange(length, dtype=jnp.float32)[:, None], (length, 8))[None]
+    seen = []
+
+    def record(*arguments):
+        seen.append(np.asarray(arguments[-1])[..., 0])
+        return loss_module.zero_sums(config)
+
+    monkeypatch.setattr(loss_module, "sum_in_chunks", record)
+    loss_module.block_losses(
+        config,
+        ObjectiveConfig(match="kl"),
+        init_draft_params(config, jax.random.key(0)),
+        jnp.ones((VOCAB, 8)),
+        jnp.ones((VOCAB, 8)),
+        jnp.ones((1, length, 8)),
+        jnp.zeros((1, length), jnp.int32),
+        jnp.ones((1, length)),
+        None,
+        jnp.asarray(anchors),
+        jnp.ones((1, 3), bool),
+        last_hidden=hidden,
+    )
+    expected = [[min(a + i, length - 1) for i in range(config.num_draft_tokens())] for a in anchors[0]]
+    np.testing.assert_array_equal(seen[0][0], expected)
