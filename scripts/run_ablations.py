@@ -2,8 +2,8 @@
 
 In: the folder of a finished run of the embedded default (its target, its responses, its held-out chats). Out: a row a
 trained drafter (`rows.jsonl`, appended, so that an interrupted run goes on), a table and a plot computed from the rows.
-A drafter is trained by the same step as in a run, on features of the target that are computed once, and judged by
-really decoding the held-out prompts. Seeds are paired: data order, anchors and fresh weights of a seed are the same
+A drafter is trained by the same step as in a run, on a feature cache below the run's folder, and judged by really
+decoding the held-out prompts. Seeds are paired: data order, anchors and fresh weights of a seed are the same
 for every variant.
 
 Source: Domino, arXiv 2605.29707 (tau 3.62 without a head, 3.96 with one, 4.19 with the curriculum, at equal steps).
@@ -14,8 +14,8 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,24 +25,24 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from scipy import stats
 
-from domino_jax.config import SamplingConfig, TargetConfig, from_json_dict, to_json_dict
-from domino_jax.config_flags import load_config_file
-from domino_jax.data.pipeline import ChatSource, build_dataset
+from domino_jax.checkpoints.fingerprint import fingerprint_target
+from domino_jax.checkpoints.safetensors_io import read_json_object
+from domino_jax.checkpoints.train_state import diff_configs
+from domino_jax.config import SamplingConfig, from_json_dict, to_json_dict
+from domino_jax.data.feature_cache import FeatureSource
+from domino_jax.data.pipeline import ChatSource, RowSource, build_dataset
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.metrics import tau_over_prompts, tau_over_rounds
-from domino_jax.models.qwen3 import Qwen3
-from domino_jax.ops.precision import in_full_precision
-from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
-from domino_jax.runs.draft import read_held_out, resolve_draft, split_batch, start_state
+from domino_jax.runs.draft import build_train_step, read_held_out, resolve_draft, split_batch, start_state
 from domino_jax.runs.errors import explain_or_raise
+from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder, write_text
 from domino_jax.runs.held_out import HeldOutPrompts, decode_held_out, tokens_by_round
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.pages import render_table
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import load_target_model
-from domino_jax.training.step import make_train_step
 
 BASELINE = "default"
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
@@ -92,13 +92,12 @@ METRICS = {
     "tau_head_off": "head off",
     "tau_sampled": "T = 1",
 }
-_DECODE_BATCH, _FEATURE_BATCH, _FEATURE_WIDTH_STEP = 50, 32, 16
+_DECODE_BATCH = 50
 _SAMPLED = SamplingConfig(temperature=1.0, seed=1)
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", default="configs/tiny.py", help="configuration of the finished run")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of a finished embedded run")
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table and plot")
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of every drafter")
@@ -122,67 +121,19 @@ def change_config(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     return from_json_dict(RunConfig, tree)
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """A file of chats and the target's streams at all their tokens.
-
-    Attributes:
-        streams: by line number, (features, last hidden states), each [tokens, width].
-    """
-
-    path: Path
-    streams: dict[int, tuple[np.ndarray, np.ndarray]]
-
-    def complete(self, batch: TrainBatch) -> TrainBatch:
-        """Return `batch` with the streams of its rows."""
-        shape = batch.input_ids.shape
-        arrays = []
-        for part in (0, 1):
-            rows = [self.streams[int(line)][part] for line in batch.line_nos]
-            padded = np.zeros((*shape, rows[0].shape[-1]), np.float32)
-            for i, row in enumerate(rows):
-                padded[i, : len(row)] = row
-            arrays.append(padded)
-        return replace(batch, features=arrays[0], last_hidden=arrays[1])
-
-
-def compute_streams(path: Path, config: RunConfig, target: TargetModel, layers: tuple[int, ...]) -> TrainingData:
-    """Run the target over every usable row of `path`."""
-    source = ChatSource(str(path), target.tokenizer, config.data, target.config.vocab_size)
-    forward = partial(_run_target, target.config, layers)
-    rows = sorted((source[i] for i in range(len(source))), key=lambda row: len(row.ids))
-    streams = {}
-    for first in range(0, len(rows), _FEATURE_BATCH):
-        part = rows[first : first + _FEATURE_BATCH]
-        width = -(-len(part[-1].ids) // _FEATURE_WIDTH_STEP) * _FEATURE_WIDTH_STEP
-        ids = np.zeros((_FEATURE_BATCH, width), np.int32)
-        for i, row in enumerate(part):
-            ids[i, : len(row.ids)] = row.ids
-        features, hidden = map(np.asarray, forward(target.params, ids))
-        for i, row in enumerate(part):
-            streams[row.line_no] = features[i, : len(row.ids)].copy(), hidden[i, : len(row.ids)].copy()
-    return TrainingData(path, streams)
-
-
-@partial(jax.jit, static_argnums=(0, 1))
-@in_full_precision
-def _run_target(config: TargetConfig, layers: tuple[int, ...], params: Any, ids: Any) -> tuple[jax.Array, jax.Array]:
-    output = Qwen3(config, layers).apply({"params": params}, ids)
-    return output.features, output.hidden
-
-
 def train_and_judge(
-    config: RunConfig, target: TargetModel, data: TrainingData, held_out: HeldOutPrompts
+    config: RunConfig, target: TargetModel, source: RowSource, held_out: HeldOutPrompts
 ) -> dict[str, Any]:
-    """Train one drafter and return what decoding with it gave."""
-    draft = resolve_draft(config, target)
-    batches, _, _ = build_dataset(str(data.path), target.tokenizer, config.data, target.config.vocab_size, config.seed)
+    """Train one drafter on the rows and features of `source` and return what decoding with it gave."""
+    draft, num_steps = resolve_draft(config, target), config.train.num_steps
+    vocab_size = target.config.vocab_size
+    batches, _, _ = build_dataset("", target.tokenizer, config.data, vocab_size, config.seed, source=source)
     state = start_state(config, draft, target)
-    step = make_train_step(target.config, draft, config.objective, config.optimizer, config.train.num_steps)
+    step = build_train_step(config, target.config, draft, num_steps)
     frozen = {name: target.params[name] for name in ("embed_tokens", "lm_head") if name in target.params}
     began = time.perf_counter()
-    for _ in range(config.train.num_steps):
-        inputs = split_batch(data.complete(next(batches)), config.data.micro_steps)
+    for _ in range(num_steps):
+        inputs = split_batch(next(batches), config.data.micro_steps)
         if config.objective.match == "none":
             inputs = inputs.replace(last_hidden=None)
         state, metrics = step(state, frozen, inputs)
@@ -226,40 +177,64 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _run_missing(arguments: argparse.Namespace, rows_path: Path) -> None:
     folder = RunFolder(arguments.run)
-    if not (folder.target.exists() and folder.responses.exists()):
-        raise RunError(
-            f"{arguments.run} holds no target and responses; run `python train.py --config {arguments.config}`"
-        )
+    if not (folder.target.exists() and folder.responses.exists() and folder.config.exists()):
+        raise RunError(f"{arguments.run} holds no target and responses; run `python train.py --config configs/tiny.py`")
     changes = {"train.num_steps": arguments.steps, "data.batch_size": arguments.batch_size}
-    base = change_config(load_config_file(arguments.config), changes)
+    base = change_config(from_json_dict(RunConfig, read_json_object(folder.config)), changes)
+    if base.corpus is None:
+        raise RunError(f"{arguments.run} is not a run of the embedded default: it has no corpus of its own")
+    _claim_output(arguments, base, folder, rows_path)
     monitor = RunMonitor(None, None)
     target = load_target_model(base, folder)
     held_out = read_held_out(base, str(folder.eval_chats), target, arguments.eval_prompts, monitor)
-    originals = arguments.output / "original_answers.jsonl"
-    with folder.train_chats.open("rb") as file:
-        originals.write_bytes(b"".join(line for line, _ in zip(file, range(base.corpus.num_draft_chats), strict=False)))
-    paths, data = {"": folder.responses, "original": originals}, {}
-    done = (
-        {(row["variant"], row["seed"], row["steps"], row["batch_size"]) for row in read_rows(rows_path)}
-        if rows_path.exists()
-        else set()
-    )
-    length = arguments.steps, arguments.batch_size
-    todo = [(s, v) for s in arguments.seeds for v in arguments.variants if (v, s, *length) not in done]
+    sources = {name: _open_source(name, base, folder, target, monitor) for name in ("responses", "original")}
+    rows = read_rows(rows_path) if rows_path.exists() else []
+    done = {(row["variant"], row["seed"]) for row in rows}
+    todo = [(s, v) for s in arguments.seeds for v in arguments.variants if (v, s) not in done]
     with monitor.stage("ablations", len(todo)) as progress:
         for seed, variant in todo:
             changes = dict(VARIANTS[variant])
-            path = paths[changes.pop("data.train_path", "")]
+            source = sources[changes.pop("data.train_path", "responses")]
             config = change_config(base, {"seed": seed} | changes)
-            if path not in data:
-                data[path] = compute_streams(path, config, target, resolve_draft(config, target).target_layer_ids)
-            result = train_and_judge(config, target, data[path], held_out)
-            row = {"variant": variant, "seed": seed, "steps": length[0], "batch_size": length[1]} | result
+            result = train_and_judge(config, target, source, held_out)
+            row = {"variant": variant, "seed": seed} | result
             with rows_path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             progress.advance(variant=variant, tau=result["tau"])
             jax.clear_caches()
-    originals.unlink()
+
+
+def _claim_output(arguments: argparse.Namespace, base: RunConfig, folder: RunFolder, rows_path: Path) -> None:
+    """Write down what the rows of the output belong to, or check it where there are rows: only equals are averaged."""
+    settings = json.loads(json.dumps(to_json_dict(base))) | {
+        "eval_prompts": arguments.eval_prompts,
+        "weights": fingerprint_target(folder.target)["weights"],
+    }
+    path = arguments.output / "settings.json"
+    if rows_path.exists() and path.exists():
+        differences = diff_configs(read_json_object(path), settings)
+        if differences:
+            raise RunError(
+                f"{arguments.output} holds rows of other settings; give the same ones or another --output:\n  "
+                + "\n  ".join(differences)
+            )
+    write_text(path, json.dumps(settings, indent=2) + "\n")
+
+
+def _open_source(
+    name: str, base: RunConfig, folder: RunFolder, target: TargetModel, monitor: RunMonitor
+) -> FeatureSource:
+    """Return rows with features: the run's responses, or the corpus' own answers to the same prompts."""
+    path, kept = folder.responses, folder.root / f"ablation_features_{name}"
+    if name == "original":
+        path = folder.root / "original_answers.jsonl"
+        with folder.train_chats.open("rb") as file:
+            path.write_bytes(b"".join(islice(file, base.corpus.num_draft_chats or None)))
+    config = change_config(
+        base, {"data.feature_cache": str(kept), "objective.match": "kl"}
+    )  # keeps the last states too
+    chats = ChatSource(str(path), target.tokenizer, config.data, target.config.vocab_size)
+    return open_features(config, resolve_draft(config, target), target, chats, monitor)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None]:

@@ -7,26 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from domino_jax.config import to_json_dict
 from domino_jax.config_flags import load_config_file
+from domino_jax.run_config import CorpusConfig, DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TrainConfig
 from domino_jax.runs.errors import EXIT_MISTAKE, explain_or_raise
+from domino_jax.runs.folder import RunError
 from tests.conftest import REPOSITORY
-
-CONFIG = """
-from domino_jax.run_config import *
-
-def get_config():
-    return RunConfig(
-        name="tiny",
-        corpus=CorpusConfig(num_draft_chats=20),
-        draft=DraftSettings(
-            num_hidden_layers=1, target_layer_ids=(0, 2), block_size=4, gru_hidden_dim=8, emb_dim=4,
-            initial_weights="target",
-        ),
-        data=DataConfig(max_length=64, batch_size=4),
-        objective=ObjectiveConfig(num_anchors=4, head_chunk=8),
-        train=TrainConfig(num_steps=2, eval_max_new_tokens=12),
-    )
-"""
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +60,24 @@ def test_an_interrupted_grid_goes_on(script, material, tmp_path, monkeypatch):
     shutil.copy(material / "train.jsonl", run / "responses.jsonl")
     shutil.copy(material / "train.jsonl", run / "corpus" / "train.jsonl")
     shutil.copy(material / "eval.jsonl", run / "corpus" / "eval.jsonl")
-    config = tmp_path / "config.py"
-    config.write_text(CONFIG)
+    config = RunConfig(
+        name="tiny",
+        corpus=CorpusConfig(num_draft_chats=20),
+        draft=DraftSettings(
+            num_hidden_layers=1,
+            target_layer_ids=(0, 2),
+            block_size=4,
+            gru_hidden_dim=8,
+            emb_dim=4,
+            initial_weights="target",
+        ),
+        data=DataConfig(max_length=64, batch_size=4),
+        objective=ObjectiveConfig(num_anchors=4, head_chunk=8),
+        train=TrainConfig(eval_max_new_tokens=12),
+    )
+    (run / "config.json").write_text(json.dumps(to_json_dict(config)))
     chosen = ["default", "LK hybrid", "original answers", "no head (DFlash)"]
-    command = ["--config", str(config), "--run", str(run), "--output", str(output), "--steps", "2", "--batch-size", "4"]
+    command = ["--run", str(run), "--output", str(output), "--steps", "2", "--batch-size", "4"]
     command += ["--seeds", "0", "1", "--variants", *chosen]
     real, calls = script.train_and_judge, []
 
@@ -97,7 +97,10 @@ def test_an_interrupted_grid_goes_on(script, material, tmp_path, monkeypatch):
     # Answers of the run and of the corpus are the same file here: the same drafter must come out.
     by_name = {row["variant"]: row for row in rows if row["seed"] == 0}
     assert by_name["original answers"]["loss"] == by_name["default"]["loss"]
-    assert {"table.md", "ablations.png", "rows.jsonl"} == {path.name for path in output.iterdir()}
+    assert {"table.md", "ablations.png", "rows.jsonl", "settings.json"} == {path.name for path in output.iterdir()}
+    other = [*command, "--eval-prompts", "3"]
+    with pytest.raises(RunError, match=r"rows of other settings.*\n  eval_prompts: stored 120, now 3"):
+        script.run(script.parse_arguments(other))
 
 
 def test_a_folder_without_a_run_is_named(script, tmp_path, capsys):
