@@ -10,7 +10,8 @@ Why these values:
   - a block of 16 with shift_label drafts 16 tokens a round; the first takes the base logits as they are;
   - gamma 7 belongs to block 16 (5 for 10, 4 for 8);
   - the mask token 151669 is an id that the tokenizer leaves unused;
-  - batches come in four widths, so that only rows of more than 2048 tokens are padded to 3072;
+  - batches come in four widths, so that only rows of more than 2048 tokens are padded to 3072 (the published recipe
+    mixes lengths in a batch; what that does to tau has not been measured here);
   - lambda falls from 1 to 0 over the whole run: first a good backbone, then the head on top of it.
 """
 

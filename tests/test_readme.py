@@ -51,11 +51,10 @@ def test_programs_of_the_commands_exist(repository, readme):
 
 def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
     monkeypatch.chdir(repository)
-    flags = load_program(repository / "train.py").FLAGS
-    commands = [c for c in shell_commands(readme) if c.startswith("python train.py") and "--help" not in c]
-    assert len(commands) >= 4
-    for command in commands:
-        assert parse_command_line(shlex.split(command)[2:], flags).config.name
+    commands = [shlex.split(c) for c in shell_commands(readme) if re.match(r"python \S+ --config ", c)]
+    assert len(commands) >= 5
+    for _, program, *arguments in commands:
+        assert parse_command_line(arguments, load_program(repository / program).FLAGS).config.name
 
 
 def load_program(path):
@@ -75,6 +74,7 @@ def load_program(path):
 def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
     commands = [shlex.split(c) for c in shell_commands((repository / page).read_text(encoding="utf-8"))]
     commands = [words[1:] for words in commands if words[:1] == ["python"] and words[1] != "train.py"]
+    commands = [words for words in commands if words[1] != "--config"]
     assert {program for program, *_ in commands} == programs
     for program, *arguments in commands:
         load_program(repository / program).parse_arguments(arguments)  # ends the test where an option is unknown
