@@ -26,7 +26,7 @@ from domino_jax.runs.endpoint_responses import (
     regenerate_by_endpoints,
     report_left_out,
 )
-from domino_jax.runs.endpoints import EndpointSettings, find_served_model
+from domino_jax.runs.endpoints import EndpointSettings, find_served_model, sampling_fields
 from domino_jax.runs.errors import explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor
@@ -163,7 +163,8 @@ def answer_by_endpoints(
     if tokenizer:
         writer |= {"tokenizer": arguments.target, **describe_tokenizer(tokenizer)}
     messages = [chat.messages for chat in chats]
-    claim_output(arguments.output, describe_job(writer, arguments.input, messages, settings))
+    made_from = describe_job(writer, arguments.input, messages, settings, sent=sampling_fields(sampling))
+    claim_output(arguments.output, made_from)
     monitor.say(f"target: {served.model!r} of {', '.join(served.urls)}")
     num_bad = report.num_bad
     counts = regenerate_by_endpoints(

@@ -91,11 +91,12 @@ def describe_job(
     chats: Sequence[Messages],
     settings: ResponseSettings,
     dtype: str | None = None,
+    sent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what rows are made from: `target` as `runs.provenance` or an endpoint describes it, prompts, settings.
 
-    `dtype` is the type our own decoding computes in. The batch size is left out: one that does not fit the memory must
-    be mendable, and answers do not depend on it.
+    `dtype` is the type our own decoding computes in; `sent` is what endpoints are sent for `settings.sampling`. The
+    batch size is left out: one that does not fit the memory must be mendable, and answers do not depend on it.
     """
     made_from = {
         "target": dict(target),
@@ -104,6 +105,7 @@ def describe_job(
         "num_prompts": len(chats),
         "prompts": hash_prompts(chats),
         **to_json_dict(settings),
+        **({"sampling": dict(sent)} if sent else {}),
     }
     del made_from["batch_size"]
     return made_from

@@ -23,7 +23,7 @@ from domino_jax.runs.endpoint_responses import (
     report_left_out,
     sort_rows,
 )
-from domino_jax.runs.endpoints import EndpointError, EndpointSettings, Reply, find_served_model
+from domino_jax.runs.endpoints import EndpointError, EndpointSettings, Reply, find_served_model, sampling_fields
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor, read_rows
@@ -141,14 +141,16 @@ def test_settings_are_sent_as_the_servers_take_them(job, serve, monkeypatch):
     assert KEY not in json.dumps(headers), "a key for somebody else"
     del body["at"]
     assert body == {
-        "model": "tiny", "messages": [user("say 0")], "temperature": 0.5, "top_p": 1.0, "max_tokens": 9, "seed": 7,
-        "chat_template_kwargs": {"enable_thinking": True},
+        "model": "tiny", "messages": [user("say 0")], "max_tokens": 9, "chat_template_kwargs": {"enable_thinking": True},
+        "temperature": 0.5, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 7,
     }  # fmt: skip
     job.output.unlink()
     monkeypatch.setenv("THE_KEY", KEY)
     job.run(endpoint, api_key_env="THE_KEY", sampling=SamplingConfig(1.0, 20, 0.9, 0.1))
     body = endpoint.asked[-1]
-    assert (body["top_k"], body["min_p"], body["top_p"]) == (20, 0.1, 0.9)
+    assert {name: body[name] for name in sampling_fields(SAMPLING)} == {
+        "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.0, "seed": NUM_CHATS - 1,
+    }  # fmt: skip
     assert body["headers"]["authorization"] == f"Bearer {KEY}"
 
 
@@ -252,10 +254,22 @@ def test_a_model_that_is_not_found_stops_at_once(job, serve):
     assert len(endpoint.asked) < NUM_CHATS
 
 
+def revive(endpoint, after_s, models=("tiny",)):
+    """Let an endpoint answer again, this long after it has died."""
+
+    def wait():
+        while not endpoint.is_dead:
+            time.sleep(0.01)
+        time.sleep(after_s)
+        endpoint.models, endpoint.dies_after, endpoint.is_dead = models, None, False
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def test_an_endpoint_that_dies_is_put_aside_and_comes_back(job, serve, whole):
     good, bad = serve(), serve()
     good.delay_s, bad.dies_after = 0.05, 2
-    threading.Timer(0.25, lambda: (setattr(bad, "dies_after", None), setattr(bad, "is_dead", False))).start()
+    revive(bad, 0.2)
     job.run(good, bad)
     assert job.output.read_bytes() == whole
     (said,) = [line for line in job.said if "cannot be reached" in line]
@@ -265,9 +279,7 @@ def test_an_endpoint_that_dies_is_put_aside_and_comes_back(job, serve, whole):
 def test_an_endpoint_that_comes_back_as_another_model_is_refused(job, serve):
     good, bad = serve(), serve()
     good.delay_s, bad.dies_after = 0.1, 1
-    threading.Timer(
-        0.1, lambda: (setattr(bad, "dies_after", None), setattr(bad, "is_dead", False), setattr(bad, "models", ("b",)))
-    ).start()
+    revive(bad, 0.1, models=("b",))
     with pytest.raises(EndpointError, match="serves no model 'tiny', it lists 'b'"):
         job.run(good, bad, max_retries=50, concurrency=1)
 
@@ -275,7 +287,7 @@ def test_an_endpoint_that_comes_back_as_another_model_is_refused(job, serve):
 def test_it_answers_again(job, serve, whole):
     endpoint = serve()
     endpoint.dies_after = 5
-    threading.Timer(0.2, lambda: (setattr(endpoint, "dies_after", None), setattr(endpoint, "is_dead", False))).start()
+    revive(endpoint, 0.2)
     job.run(endpoint, max_retries=12)
     assert job.output.read_bytes() == whole
     assert f"{endpoint.url} answers again" in job.said
@@ -432,7 +444,13 @@ def test_the_model_is_the_one_that_is_listed(serve):
     [
         ({"urls": ()}, "no endpoint is given"),
         ({"urls": ("localhost:8000",)}, "give a URL such as"),
-        ({"urls": (f"http://me:{KEY}@host",)}, "holds a user"),
+        ({"urls": ("http://[::1",)}, r"is 'http://\[::1'; give a URL such as"),
+        ({"urls": ("http://localhost:80a/v1",)}, "is 'http://localhost:80a/v1'; give a URL such as"),
+        ({"urls": (f"http://me:{KEY}@host",)}, "for 'host' holds a user"),
+        ({"urls": (f"me:{KEY}@host:80",)}, "for 'host:80' holds a user"),
+        ({"urls": (f"ftp://{KEY}@host/v1?a=1",)}, "for 'host/v1' holds a user"),
+        ({"urls": (f"http://me:1{KEY}/@[host",)}, r"for '\[host' holds a user"),
+        ({"urls": (f"http://host/v1?key={KEY}",)}, "holds a user, a query"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"request_timeout_s": 0.0}, "request_timeout_s is 0"),
         ({"max_retries": -1}, "max_retries is -1"),
@@ -441,6 +459,14 @@ def test_the_model_is_the_one_that_is_listed(serve):
 def test_settings_that_cannot_be_used_are_named(changes, said):
     with pytest.raises(EndpointError, match=said) as caught:
         EndpointSettings(**{"urls": ("http://h",)} | changes)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [KEY + "\r", KEY + "\n", f"Bearer {KEY}", KEY + "\x00", f"“{KEY}”"])
+def test_a_key_that_no_header_carries_is_not_told(monkeypatch, wrong):
+    monkeypatch.setattr(os, "environ", os.environ | {"THE_KEY": wrong})  # the system's own takes no NUL
+    with pytest.raises(EndpointError, match=r"variable 'THE_KEY' \(--api-key-env\) holds more than a key") as caught:
+        EndpointSettings(("http://h",), api_key_env="THE_KEY")
     assert KEY not in str(caught.value)
 
 
@@ -495,7 +521,8 @@ def test_killed_at_once_the_command_goes_on_to_the_same_bytes(script, repository
     assert settings["target"] == {
         "kind": "endpoint", "model": "tiny", "root": "tiny", "max_model_len": 64, "urls": [endpoint.url],
     }  # fmt: skip
-    assert settings["enable_thinking"] is False and settings["sampling"]["seed"] == 7 and settings["num_prompts"] == 12
+    assert settings["enable_thinking"] is False and settings["num_prompts"] == 12
+    assert settings["sampling"] == sampling_fields(SAMPLING), "as it was sent"
 
     moved = serve()
     assert explain_or_raise(lambda: script.run(script.parse_arguments(options(job, moved)))) == 0
