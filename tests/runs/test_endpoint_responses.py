@@ -1,8 +1,10 @@
 """Prompts answered by endpoints that misbehave: what is kept, what is tried again, what stops, how it goes on."""
 
+import errno
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from domino_jax.config import SamplingConfig
 from domino_jax.data.responses import RowError, RowReport, read_chats
+from domino_jax.runs import endpoint_responses as responses_module
 from domino_jax.runs.endpoint_responses import (
     NumberedChat,
     Unlearnable,
@@ -141,7 +144,8 @@ def test_settings_are_sent_as_the_servers_take_them(job, serve, monkeypatch):
     assert KEY not in json.dumps(headers), "a key for somebody else"
     del body["at"]
     assert body == {
-        "model": "tiny", "messages": [user("say 0")], "max_tokens": 9, "chat_template_kwargs": {"enable_thinking": True},
+        "model": "tiny", "messages": [user("say 0")], "max_tokens": 9,
+        "chat_template_kwargs": {"enable_thinking": True},
         "temperature": 0.5, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 7,
     }  # fmt: skip
     job.output.unlink()
@@ -349,13 +353,62 @@ def test_prompts_are_measured_where_there_is_a_tokenizer(job, serve):
 
 def test_rows_are_sorted_at_once_and_strangers_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_text('{"row": 2}\n{"row": 0}\n{"row": 2, "b": 1}\n{"row": 1}\n')
-    sort_rows(path)
-    assert path.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
+    for rows in (2, 0, 2, 1), (0, 0, 1, 2):
+        path.write_text("".join(f'{{"row": {row}}}\n' for row in rows))
+        sort_rows(path)
+        assert path.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
     with path.open("a") as file:
         file.write('{"messages": []}\n')
     with pytest.raises(RunError, match=r"r\.jsonl:4 is no row that this command wrote"):
         sort_rows(path)
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow beyond a size in bytes, as a disk that gets full does."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_disk_that_gets_full_is_told_and_whole_rows_are_kept(job, serve, whole, small_files, monkeypatch, is_stopped):
+    endpoint = serve()
+    if is_stopped:
+        settle = responses_module._Run._settle
+
+        async def settle_and_stop(self, progress):
+            await settle(self, progress)
+            if self._ended or any(job for _, job, _ in self._running.values()):
+                os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.undo()
+
+        endpoint.delay_s = 0.3
+        monkeypatch.setattr(responses_module._Run, "_settle", settle_and_stop)
+    first, second, *_ = whole.splitlines(keepends=True)
+    small_files(len(first) + len(second) + 20)  # in the middle of the third row that ends
+    with pytest.raises(OSError) as caught:
+        job.run(endpoint)
+    assert caught.value.errno == errno.EFBIG
+    assert {path.name for path in job.output.parent.iterdir()} == {"prompts.jsonl", "r.jsonl", "r.jsonl.bad_rows.jsonl"}
+    kept = [json.loads(line)["row"] for line in job.output.read_bytes().split(b"\n")[:-1]]
+    assert len(kept) == 2
+    small_files(resource.RLIM_INFINITY)
+    asked, endpoint.delay_s = len(endpoint.asked), 0.0
+    job.run(endpoint)
+    assert job.output.read_bytes() == whole
+    assert len(endpoint.asked) - asked == NUM_CHATS + 1 - len(kept) - (3 in kept)
+
+
+def test_rows_that_cannot_be_sorted_stay_as_they_are(tmp_path, small_files):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"row": 2}\n{"row": 0}\n{"row": 1}\n')
+    before = path.read_bytes()
+    small_files(len(before) - 1)
+    with pytest.raises(OSError) as caught:
+        sort_rows(path)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 QWEN = make_tokenizer(THINKING)
@@ -504,13 +557,15 @@ def test_killed_at_once_the_command_goes_on_to_the_same_bytes(script, repository
     while not (job.output.exists() and job.output.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
+    arguments = script.parse_arguments(options(job, endpoint))
+    assert explain_or_raise(lambda: script.run(arguments)) == EXIT_MISTAKE
+    assert f"is being written to by process {process.pid} on " in capsys.readouterr().err
     process.kill()
     process.wait()
     kept = job.rows()
     assert 0 < len(kept) < NUM_CHATS
     endpoint.delay_s = 0.0
     asked = len(endpoint.asked)
-    arguments = script.parse_arguments(options(job, endpoint))
     assert explain_or_raise(lambda: script.run(arguments)) == 0
     assert job.output.read_bytes() == whole
     assert len(endpoint.asked) - asked == NUM_CHATS + 1 - len(kept) - (3 in kept), "what was kept is not asked again"
