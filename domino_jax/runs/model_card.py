@@ -19,8 +19,8 @@ from domino_jax.runs.draft import TrainedDraft
 from domino_jax.runs.folder import RunFolder, write_text
 from domino_jax.runs.monitor import read_rows
 from domino_jax.runs.pages import render_table
+from domino_jax.runs.provenance import settings_path
 from domino_jax.runs.report import ReportNumbers, best_width_sentence
-from domino_jax.runs.responses import settings_path
 
 CARD_FILE = "README.md"
 _NOT_MEASURED = "not measured"
