@@ -8,6 +8,7 @@ Our own decoding answers, or any OpenAI-compatible endpoints (SGLang, vLLM), whi
 User and system turns are kept, assistant turns are written again by the target. Stopped (Ctrl-C) it keeps the answers
 so far, and started again with the same command it goes on with what is missing. Beside the output lie
 OUTPUT.settings.json, what its rows are made from, and OUTPUT.bad_rows.jsonl, the rows of the input that cannot be used.
+One process at a time writes to an output; another one is refused (not on Windows).
 """
 
 import argparse
@@ -26,12 +27,19 @@ from domino_jax.runs.endpoint_responses import (
     regenerate_by_endpoints,
     report_left_out,
 )
-from domino_jax.runs.endpoints import EndpointSettings, find_served_model
+from domino_jax.runs.endpoints import EndpointSettings, find_served_model, sampling_fields
 from domino_jax.runs.errors import explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, describe_tokenizer, settings_path
-from domino_jax.runs.responses import ResponseCounts, ResponseSettings, claim_output, describe_job, regenerate
+from domino_jax.runs.responses import (
+    ResponseCounts,
+    ResponseSettings,
+    claim_output,
+    describe_job,
+    hold_output,
+    regenerate,
+)
 
 DTYPES = ("float32", "bfloat16")
 DECODER_OPTIONS = {"batch_size": 32, "dtype": None}
@@ -109,7 +117,12 @@ def run(arguments: argparse.Namespace) -> None:
     for written in (output, settings_path(output), bad_rows_log):
         if written.exists() and arguments.input.exists() and written.samefile(arguments.input):
             raise RunError(f"--input {arguments.input} is a file that would be written to; give another --output")
-    monitor = RunMonitor(None, None)
+    with hold_output(output):
+        answer(arguments, sampling, bad_rows_log)
+
+
+def answer(arguments: argparse.Namespace, sampling: SamplingConfig, bad_rows_log: Path) -> None:
+    output, monitor = arguments.output, RunMonitor(None, None)
     earlier = read_left_out(bad_rows_log, output) if arguments.endpoint else {}
     report = RowReport(str(arguments.input), arguments.bad_rows, log_path=bad_rows_log)
     chats = [NumberedChat(*row) for row in read_chats(arguments.input, report, needs_answer=False)][: arguments.limit]
@@ -163,7 +176,8 @@ def answer_by_endpoints(
     if tokenizer:
         writer |= {"tokenizer": arguments.target, **describe_tokenizer(tokenizer)}
     messages = [chat.messages for chat in chats]
-    claim_output(arguments.output, describe_job(writer, arguments.input, messages, settings))
+    made_from = describe_job(writer, arguments.input, messages, settings, sent=sampling_fields(sampling))
+    claim_output(arguments.output, made_from)
     monitor.say(f"target: {served.model!r} of {', '.join(served.urls)}")
     num_bad = report.num_bad
     counts = regenerate_by_endpoints(

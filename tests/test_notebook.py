@@ -1,11 +1,13 @@
 """The notebook is valid, keeps no outputs, and all of its code runs."""
 
+import re
 import shlex
 
 import nbclient
 import nbformat
 import pytest
 
+from domino_jax.config_flags import parse_config
 from tests.runs.small_embedded import SMALL
 
 
@@ -35,6 +37,16 @@ def test_the_address_is_one_variable_at_the_top(notebook):
     first, *others = code_cells(notebook)
     assert "REPOSITORY = " in first.source
     assert not any("REPOSITORY =" in cell.source or "http" in cell.source for cell in others)
+
+
+def test_flags_that_the_text_suggests_are_taken_by_every_cell(notebook, repository):
+    """The cell of the curves parses them as a configuration."""
+    first = code_cells(notebook)[0].source
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    texts += [line for line in first.splitlines() if line.startswith("#")]
+    flags = re.findall(r"--[\w.-]+(?:=[^\s\"`]+)?", "\n".join(texts))
+    assert flags
+    parse_config([f"--config={repository / 'configs' / 'tiny.py'}", *flags])
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ from domino_jax.runs.features import choose_feature_shape
 from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.target_model import TargetModel
-from domino_jax.runs.training_run import check_run, find_target
+from domino_jax.runs.training_run import check_run, find_target, warn_of_mismatches
 from domino_jax.training.step import TrainState, create_train_state
 
 Messages = list[dict[str, str]]
@@ -200,6 +200,8 @@ def _read_data(
     )
     if index.report.num_bad:
         monitor.say(index.report.summary())
+    if target.path:
+        warn_of_mismatches(config, train_path, target, monitor)
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
     monitor.say(f"held-out prompts decoded along the run: {len(held_out.prompt_ids) if held_out else 0}")
     first = next(batches)

@@ -5,12 +5,13 @@ In: messages of a chat and sampling settings. Out: the reply, or one of three fa
 asked, and when again, is decided elsewhere. A key is read from the environment, never written anywhere, and blotted
 out of messages.
 
-Source: the OpenAI chat completions API; `chat_template_kwargs`, `top_k`, `min_p` and reasoning fields as SGLang and
-vLLM have them.
+Source: the OpenAI chat completions API; `chat_template_kwargs`, `top_k`, `min_p`, `repetition_penalty` and reasoning
+fields as SGLang and vLLM have them.
 """
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -107,10 +108,19 @@ class EndpointSettings:
             raise EndpointError(f"request_timeout_s is {self.request_timeout_s}; give a positive number of seconds")
         if self.max_retries < 0:
             raise EndpointError(f"max_retries is {self.max_retries}; give 0 or more")
-        if self.api_key_env and not os.environ.get(self.api_key_env):
+        if not self.api_key_env:
+            return
+        key = os.environ.get(self.api_key_env)
+        if not key:
             raise EndpointError(
                 f"the environment variable {self.api_key_env!r} (--api-key-env) is not set; put the key there, or give "
                 "the name of the variable that holds it"
+            )
+        if not all("!" <= character <= "~" for character in key):
+            # No header could carry it, and what is said of the header that failed would quote it.
+            raise EndpointError(
+                f"the environment variable {self.api_key_env!r} (--api-key-env) holds more than a key: a blank, a line "
+                "break or a character outside ASCII; put the bare key there"
             )
 
     def delay_s(self, num_failed: int) -> float:
@@ -242,19 +252,11 @@ class Endpoint:
             TryFailed: another try may succeed.
             EndpointError: no request can succeed.
         """
-        extra: dict[str, Any] = {"chat_template_kwargs": {"enable_thinking": enable_thinking}}
-        if sampling.top_k:
-            extra["top_k"] = sampling.top_k
-        if sampling.min_p:
-            extra["min_p"] = sampling.min_p
         call = self.client.chat.completions.create(
             model=model,
             messages=[{"role": m["role"], "content": m["content"]} for m in messages],
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
             max_tokens=max_new_tokens,
-            seed=sampling.seed,
-            extra_body=extra,
+            extra_body={"chat_template_kwargs": {"enable_thinking": enable_thinking}, **sampling_fields(sampling)},
         )
         return _read_reply(await self._call(call, self.settings.request_timeout_s), self.url)
 
@@ -300,6 +302,21 @@ class Endpoint:
     def _blot_key(self, text: str) -> str:
         key = os.environ.get(self.settings.api_key_env) if self.settings.api_key_env else None
         return text.replace(key, "***") if key else text
+
+
+def sampling_fields(sampling: SamplingConfig) -> dict[str, float | int]:
+    """Return all fields of a request that say how to sample, also those that change nothing.
+
+    For a field that a request leaves out SGLang and vLLM take what the model's `generation_config.json` says.
+    """
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k or -1,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": 1.0,
+        "seed": sampling.seed,
+    }
 
 
 def import_openai() -> ModuleType:
@@ -409,14 +426,19 @@ def _read_reply(completion: Any, url: str) -> Reply:
 
 
 def _check_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise EndpointError(f"--endpoint is {url!r}; give a URL such as http://localhost:30000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if any(mark in url for mark in "@?#"):  # before anything else: what follows may quote the URL
+        host = re.split("[?#]", url.rpartition("@")[2])[0]
         raise EndpointError(
-            f"--endpoint for {parts.hostname} holds a user, a query or a fragment; give the plain URL, and a key by "
+            f"--endpoint for {host!r} holds a user, a query or a fragment; give the plain URL, and a key by "
             "--api-key-env"
         )
+    try:
+        parts = urlsplit(url)
+        is_usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an address in brackets, or a port, that is none
+        is_usable = False
+    if not is_usable:
+        raise EndpointError(f"--endpoint is {url!r}; give a URL such as http://localhost:30000/v1")
     path = parts.path.rstrip("/").removesuffix("/chat/completions")
     return f"{parts.scheme}://{parts.netloc}{path or '/v1'}"
 

@@ -3,11 +3,10 @@
 Teacher-forced accuracy can be high while serving is broken; only a decode through the real loop counts.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from domino_jax.checkpoints.fingerprint import hash_json
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, tau_over_prompts, tau_over_rounds
 from domino_jax.records import Generation
@@ -31,7 +30,7 @@ class HeldOutPrompts:
 
     def fingerprint(self) -> str:
         """Return a short hash: two values of tau can be compared where theirs is the same."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+        return hash_json(asdict(self))
 
 
 def decode_held_out(decoder: Decoder, held_out: HeldOutPrompts, use_head: bool, batch_size: int) -> list[Generation]:

@@ -67,6 +67,7 @@ def cache_features(config: RunConfig, verify: bool = False) -> None:
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
         target, train_path, _ = _prepare(config, folder, monitor)
+        warn_of_mismatches(config, train_path, target, monitor)
         bad_rows_log = folder.root / "bad_rows.jsonl"
         chats = ChatSource(train_path, target.tokenizer, config.data, target.config.vocab_size, bad_rows_log)
         if chats.index.report.num_bad:
@@ -151,7 +152,10 @@ def find_target(config: RunConfig, folder: RunFolder) -> str:
 
 
 def warn_of_mismatches(config: RunConfig, train_path: str, target: TargetModel, monitor: RunMonitor) -> list[str]:
-    """Say in which ways the training data are not this target's own words; return the lines said."""
+    """Say in which ways the training data are not this target's own words; return the lines said.
+
+    The target's weights need not be loaded.
+    """
     path = config.target.path or target.path
     mismatches = find_mismatches(Path(train_path), target, path, config.data.enable_thinking)
     for line in mismatches:

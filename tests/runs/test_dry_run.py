@@ -102,6 +102,7 @@ def test_nothing_is_written_not_even_for_bad_rows(material, repository, tmp_path
     assert hash_tree(tmp_path) == before
     assert "data.batch_size: 4" in done.stdout  # the resolved configuration
     assert "20 rows used, 1 skipped" in done.stdout and "malformed JSON" in done.stdout
+    assert "WARNING: nothing says who wrote the answers in train.jsonl" in done.stdout
     assert re.search(r"train step compiled in [\d.]+ s", done.stdout)
     assert len(re.findall(r"^--- \d: ", done.stdout, flags=re.MULTILINE)) == 5
     command = [sys.executable, "train.py", "--config", "configs/small.py", "--dry-run", "--config.data.eval_path=no"]

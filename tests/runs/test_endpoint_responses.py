@@ -1,8 +1,10 @@
 """Prompts answered by endpoints that misbehave: what is kept, what is tried again, what stops, how it goes on."""
 
+import errno
 import importlib.util
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 
 from domino_jax.config import SamplingConfig
 from domino_jax.data.responses import RowError, RowReport, read_chats
+from domino_jax.runs import endpoint_responses as responses_module
 from domino_jax.runs.endpoint_responses import (
     NumberedChat,
     Unlearnable,
@@ -23,7 +26,7 @@ from domino_jax.runs.endpoint_responses import (
     report_left_out,
     sort_rows,
 )
-from domino_jax.runs.endpoints import EndpointError, EndpointSettings, Reply, find_served_model
+from domino_jax.runs.endpoints import EndpointError, EndpointSettings, Reply, find_served_model, sampling_fields
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor, read_rows
@@ -141,14 +144,17 @@ def test_settings_are_sent_as_the_servers_take_them(job, serve, monkeypatch):
     assert KEY not in json.dumps(headers), "a key for somebody else"
     del body["at"]
     assert body == {
-        "model": "tiny", "messages": [user("say 0")], "temperature": 0.5, "top_p": 1.0, "max_tokens": 9, "seed": 7,
+        "model": "tiny", "messages": [user("say 0")], "max_tokens": 9,
         "chat_template_kwargs": {"enable_thinking": True},
+        "temperature": 0.5, "top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 7,
     }  # fmt: skip
     job.output.unlink()
     monkeypatch.setenv("THE_KEY", KEY)
     job.run(endpoint, api_key_env="THE_KEY", sampling=SamplingConfig(1.0, 20, 0.9, 0.1))
     body = endpoint.asked[-1]
-    assert (body["top_k"], body["min_p"], body["top_p"]) == (20, 0.1, 0.9)
+    assert {name: body[name] for name in sampling_fields(SAMPLING)} == {
+        "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.0, "seed": NUM_CHATS - 1,
+    }  # fmt: skip
     assert body["headers"]["authorization"] == f"Bearer {KEY}"
 
 
@@ -252,10 +258,22 @@ def test_a_model_that_is_not_found_stops_at_once(job, serve):
     assert len(endpoint.asked) < NUM_CHATS
 
 
+def revive(endpoint, after_s, models=("tiny",)):
+    """Let an endpoint answer again, this long after it has died."""
+
+    def wait():
+        while not endpoint.is_dead:
+            time.sleep(0.01)
+        time.sleep(after_s)
+        endpoint.models, endpoint.dies_after, endpoint.is_dead = models, None, False
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def test_an_endpoint_that_dies_is_put_aside_and_comes_back(job, serve, whole):
     good, bad = serve(), serve()
     good.delay_s, bad.dies_after = 0.05, 2
-    threading.Timer(0.25, lambda: (setattr(bad, "dies_after", None), setattr(bad, "is_dead", False))).start()
+    revive(bad, 0.2)
     job.run(good, bad)
     assert job.output.read_bytes() == whole
     (said,) = [line for line in job.said if "cannot be reached" in line]
@@ -265,9 +283,7 @@ def test_an_endpoint_that_dies_is_put_aside_and_comes_back(job, serve, whole):
 def test_an_endpoint_that_comes_back_as_another_model_is_refused(job, serve):
     good, bad = serve(), serve()
     good.delay_s, bad.dies_after = 0.1, 1
-    threading.Timer(
-        0.1, lambda: (setattr(bad, "dies_after", None), setattr(bad, "is_dead", False), setattr(bad, "models", ("b",)))
-    ).start()
+    revive(bad, 0.1, models=("b",))
     with pytest.raises(EndpointError, match="serves no model 'tiny', it lists 'b'"):
         job.run(good, bad, max_retries=50, concurrency=1)
 
@@ -275,7 +291,7 @@ def test_an_endpoint_that_comes_back_as_another_model_is_refused(job, serve):
 def test_it_answers_again(job, serve, whole):
     endpoint = serve()
     endpoint.dies_after = 5
-    threading.Timer(0.2, lambda: (setattr(endpoint, "dies_after", None), setattr(endpoint, "is_dead", False))).start()
+    revive(endpoint, 0.2)
     job.run(endpoint, max_retries=12)
     assert job.output.read_bytes() == whole
     assert f"{endpoint.url} answers again" in job.said
@@ -337,13 +353,62 @@ def test_prompts_are_measured_where_there_is_a_tokenizer(job, serve):
 
 def test_rows_are_sorted_at_once_and_strangers_are_refused(tmp_path):
     path = tmp_path / "r.jsonl"
-    path.write_text('{"row": 2}\n{"row": 0}\n{"row": 2, "b": 1}\n{"row": 1}\n')
-    sort_rows(path)
-    assert path.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
+    for rows in (2, 0, 2, 1), (0, 0, 1, 2):
+        path.write_text("".join(f'{{"row": {row}}}\n' for row in rows))
+        sort_rows(path)
+        assert path.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
     with path.open("a") as file:
         file.write('{"messages": []}\n')
     with pytest.raises(RunError, match=r"r\.jsonl:4 is no row that this command wrote"):
         sort_rows(path)
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow beyond a size in bytes, as a disk that gets full does."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_disk_that_gets_full_is_told_and_whole_rows_are_kept(job, serve, whole, small_files, monkeypatch, is_stopped):
+    endpoint = serve()
+    if is_stopped:
+        settle = responses_module._Run._settle
+
+        async def settle_and_stop(self, progress):
+            await settle(self, progress)
+            if self._ended or any(job for _, job, _ in self._running.values()):
+                os.kill(os.getpid(), signal.SIGTERM)
+                monkeypatch.undo()
+
+        endpoint.delay_s = 0.3
+        monkeypatch.setattr(responses_module._Run, "_settle", settle_and_stop)
+    first, second, *_ = whole.splitlines(keepends=True)
+    small_files(len(first) + len(second) + 20)  # in the middle of the third row that ends
+    with pytest.raises(OSError) as caught:
+        job.run(endpoint)
+    assert caught.value.errno == errno.EFBIG
+    assert {path.name for path in job.output.parent.iterdir()} == {"prompts.jsonl", "r.jsonl", "r.jsonl.bad_rows.jsonl"}
+    kept = [json.loads(line)["row"] for line in job.output.read_bytes().split(b"\n")[:-1]]
+    assert len(kept) == 2
+    small_files(resource.RLIM_INFINITY)
+    asked, endpoint.delay_s = len(endpoint.asked), 0.0
+    job.run(endpoint)
+    assert job.output.read_bytes() == whole
+    assert len(endpoint.asked) - asked == NUM_CHATS + 1 - len(kept) - (3 in kept)
+
+
+def test_rows_that_cannot_be_sorted_stay_as_they_are(tmp_path, small_files):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"row": 2}\n{"row": 0}\n{"row": 1}\n')
+    before = path.read_bytes()
+    small_files(len(before) - 1)
+    with pytest.raises(OSError) as caught:
+        sort_rows(path)
+    assert caught.value.errno == errno.EFBIG
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 QWEN = make_tokenizer(THINKING)
@@ -432,7 +497,13 @@ def test_the_model_is_the_one_that_is_listed(serve):
     [
         ({"urls": ()}, "no endpoint is given"),
         ({"urls": ("localhost:8000",)}, "give a URL such as"),
-        ({"urls": (f"http://me:{KEY}@host",)}, "holds a user"),
+        ({"urls": ("http://[::1",)}, r"is 'http://\[::1'; give a URL such as"),
+        ({"urls": ("http://localhost:80a/v1",)}, "is 'http://localhost:80a/v1'; give a URL such as"),
+        ({"urls": (f"http://me:{KEY}@host",)}, "for 'host' holds a user"),
+        ({"urls": (f"me:{KEY}@host:80",)}, "for 'host:80' holds a user"),
+        ({"urls": (f"ftp://{KEY}@host/v1?a=1",)}, "for 'host/v1' holds a user"),
+        ({"urls": (f"http://me:1{KEY}/@[host",)}, r"for '\[host' holds a user"),
+        ({"urls": (f"http://host/v1?key={KEY}",)}, "holds a user, a query"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"request_timeout_s": 0.0}, "request_timeout_s is 0"),
         ({"max_retries": -1}, "max_retries is -1"),
@@ -441,6 +512,14 @@ def test_the_model_is_the_one_that_is_listed(serve):
 def test_settings_that_cannot_be_used_are_named(changes, said):
     with pytest.raises(EndpointError, match=said) as caught:
         EndpointSettings(**{"urls": ("http://h",)} | changes)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [KEY + "\r", KEY + "\n", f"Bearer {KEY}", KEY + "\x00", f"“{KEY}”"])
+def test_a_key_that_no_header_carries_is_not_told(monkeypatch, wrong):
+    monkeypatch.setattr(os, "environ", os.environ | {"THE_KEY": wrong})  # the system's own takes no NUL
+    with pytest.raises(EndpointError, match=r"variable 'THE_KEY' \(--api-key-env\) holds more than a key") as caught:
+        EndpointSettings(("http://h",), api_key_env="THE_KEY")
     assert KEY not in str(caught.value)
 
 
@@ -478,13 +557,15 @@ def test_killed_at_once_the_command_goes_on_to_the_same_bytes(script, repository
     while not (job.output.exists() and job.output.stat().st_size):
         assert process.poll() is None
         time.sleep(0.02)
+    arguments = script.parse_arguments(options(job, endpoint))
+    assert explain_or_raise(lambda: script.run(arguments)) == EXIT_MISTAKE
+    assert f"is being written to by process {process.pid} on " in capsys.readouterr().err
     process.kill()
     process.wait()
     kept = job.rows()
     assert 0 < len(kept) < NUM_CHATS
     endpoint.delay_s = 0.0
     asked = len(endpoint.asked)
-    arguments = script.parse_arguments(options(job, endpoint))
     assert explain_or_raise(lambda: script.run(arguments)) == 0
     assert job.output.read_bytes() == whole
     assert len(endpoint.asked) - asked == NUM_CHATS + 1 - len(kept) - (3 in kept), "what was kept is not asked again"
@@ -495,7 +576,8 @@ def test_killed_at_once_the_command_goes_on_to_the_same_bytes(script, repository
     assert settings["target"] == {
         "kind": "endpoint", "model": "tiny", "root": "tiny", "max_model_len": 64, "urls": [endpoint.url],
     }  # fmt: skip
-    assert settings["enable_thinking"] is False and settings["sampling"]["seed"] == 7 and settings["num_prompts"] == 12
+    assert settings["enable_thinking"] is False and settings["num_prompts"] == 12
+    assert settings["sampling"] == sampling_fields(SAMPLING), "as it was sent"
 
     moved = serve()
     assert explain_or_raise(lambda: script.run(script.parse_arguments(options(job, moved)))) == 0

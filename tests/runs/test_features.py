@@ -298,6 +298,7 @@ def test_a_killed_script_goes_on_to_the_same_bits(command, repository, filled, t
     resumed = command(repository, new)
     assert resumed.returncode == 0, resumed.stderr
     assert f"2 of {NUM_SHARDS} shards are there" in resumed.stdout and "tokens/s" in resumed.stdout
+    assert "WARNING: nothing says who wrote the answers in" in resumed.stdout
     assert shard_files(new) == shard_files(filled) and not list(new.glob(".*.part"))
 
 

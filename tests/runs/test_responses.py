@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -19,9 +20,11 @@ from domino_jax.data.chat_template import encode_prompt, load_tokenizer, render_
 from domino_jax.data.responses import read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.records import Generation
+from domino_jax.runs import monitor as monitor_module
+from domino_jax.runs import responses as responses_module
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.monitor import RunMonitor, read_rows
-from domino_jax.runs.responses import ResponseCounts, ResponseSettings, regenerate
+from domino_jax.runs.responses import ResponseCounts, ResponseSettings, hold_output, regenerate
 
 # A random target never chooses its end token on purpose: every fourth id ends a text here.
 STOP_IDS = tuple(range(3, 300, 4))
@@ -116,6 +119,19 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(job, whole, tmp_path, monkeypat
         file.write('{"messages": [{"role"')  # cut by a crash
     assert job.run(path) == whole[1]
     assert path.read_bytes() == whole[0].read_bytes()
+
+
+def test_the_rate_is_shown(job, tmp_path, capsys, monkeypatch):
+    clock = iter((10.0, 12.0, 15.0))
+    monkeypatch.setattr(responses_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr(monitor_module, "_SECONDS_BETWEEN_LINES", 0.0)
+    script_answers(monkeypatch, job, ("one", "stop"), ("two", "length"), ("", "stop"))
+    lengths = [len(job.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in ("one", "two")]
+    job.run(tmp_path / "r.jsonl", [[user("a")], [user("b")], [user("c")]], batch_size=2)
+    first = lengths[0] + lengths[1] + 1
+    said = capsys.readouterr().out
+    assert f"responses: 2/3  tokens/s {first / 2:.3g}  left out 0" in said
+    assert f"responses: 3/3  tokens/s {(first + 1) / 5:.3g}  left out 1" in said
 
 
 def test_a_job_that_died_inside_a_batch_goes_on_with_the_same_batches(job, whole, tmp_path, monkeypatch):
@@ -309,6 +325,23 @@ def test_rows_that_nothing_is_known_about_are_not_added_to(call, tmp_path, capsy
     (tmp_path / "answers.jsonl").write_text(json.dumps({"messages": [user("a")], "row": 0}) + "\n")
     assert call() == EXIT_MISTAKE
     assert "answers.jsonl.settings.json is missing" in capsys.readouterr().err
+
+
+def test_an_output_is_written_to_by_one_process_at_a_time(call, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "answers.jsonl"
+    log = tmp_path / "answers.jsonl.bad_rows.jsonl"
+    log.write_text("of the other\n")
+    with hold_output(output):
+        assert call() == EXIT_MISTAKE
+        said = capsys.readouterr().err
+        assert said.startswith(f"error: {output} is being written to by process {os.getpid()} on ")
+        assert len(said.splitlines()) == 1 and ".answers.jsonl.lock" in said
+        assert log.read_text() == "of the other\n" and not output.exists()
+        with monkeypatch.context() as patched:
+            patched.setitem(sys.modules, "fcntl", None)  # as on Windows
+            with hold_output(output):
+                pass
+    assert call() == 0
 
 
 @pytest.mark.parametrize("suffix", ["", ".settings.json", ".bad_rows.jsonl"])
