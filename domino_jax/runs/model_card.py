@@ -20,11 +20,7 @@ from domino_jax.runs.draft import TrainedDraft
 from domino_jax.runs.folder import RunFolder, write_text
 from domino_jax.runs.monitor import read_rows
 from domino_jax.runs.pages import render_table
-<<<<<<< HEAD
 from domino_jax.runs.provenance import name_writer, settings_path
-=======
-from domino_jax.runs.provenance import settings_path
->>>>>>> w3-x
 from domino_jax.runs.report import ReportNumbers, best_width_sentence
 
 CARD_FILE = "README.md"
