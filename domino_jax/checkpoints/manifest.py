@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from domino_jax.checkpoints.durable import write_atomically
+from domino_jax.durable import write_atomically
 
 MANIFEST_FILE = "MANIFEST"
 _READERS = 4

@@ -25,9 +25,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from domino_jax.checkpoints.durable import NO_ROOM, flush_tree, move
 from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.durable import NO_ROOM, find_room, flush_tree, format_bytes, move
 
 _STATE, _RECORD = "state", "record"
 _PARTIAL, _DAMAGED = ".partial", "damaged"
@@ -101,7 +101,7 @@ class TrainCheckpoints:
         }
         stored = {name: _as_stored(leaf) for name, leaf in _named_leaves(state).items()}
         num_bytes = sum(leaf.nbytes for leaf in stored.values()) + _OVERHEAD_BYTES
-        if shutil.disk_usage(self.directory).free < num_bytes:
+        if find_room(self.directory)[1] < num_bytes:
             raise self._no_room(step, num_bytes)
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
         try:
@@ -255,9 +255,9 @@ class TrainCheckpoints:
         return f"the latest step stored is {steps[-1]}" if steps else "no step is stored"
 
     def _no_room(self, step: int, num_bytes: int) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free
+        _, free = find_room(self.directory)
         return CheckpointError(
-            f"no room to save step {step}: it needs {_megabytes(num_bytes)}, {_megabytes(free)} are free for "
+            f"no room to save step {step}: it needs {format_bytes(num_bytes)}, {format_bytes(free)} are free for "
             f"{self.directory} (a quota or a limit on file sizes may allow less); {self._what_is_left()}. Make room, "
             "then the same command goes on"
         )
@@ -308,10 +308,6 @@ def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> b
 def _shorten(problems: list[str]) -> str:
     more = len(problems) - _NUM_NAMED
     return "; ".join(problems[:_NUM_NAMED]) + (f"; and {more} more files" if more > 0 else "")
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ of similar length.
 """
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from domino_jax.data.feature_cache import (
     read_index,
 )
 from domino_jax.data.pipeline import ChatSource, pad_batch
+from domino_jax.durable import find_room, format_bytes
 from domino_jax.records import ChatRow
 from domino_jax.run_config import DataConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
@@ -193,26 +193,21 @@ def _check_disk(
     total = sum(map(cache.expected_bytes, range(cache.num_shards)))
     need = sum(map(cache.expected_bytes, missing))
     num_tokens = sum(map(cache.num_tokens, range(cache.num_shards)))
-    there = next(path for path in (cache.directory.absolute(), *cache.directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    there, free = find_room(cache.directory)
     hidden = f" + {shape.hidden_width} of the last hidden state" if shape.hidden_width else ""
     say(
-        f"feature cache {cache.directory}: {_gb(total)} ({num_tokens} tokens x {shape.feature_width} values{hidden} in "
-        f"{shape.dtype}, {shape.bytes_per_token} bytes a token); {cache.num_shards - num_damaged} of "
-        f"{cache.num_shards} shards are there, {_gb(need)} to write, {_gb(free)} free"
+        f"feature cache {cache.directory}: {format_bytes(total)} ({num_tokens} tokens x {shape.feature_width} "
+        f"values{hidden} in {shape.dtype}, {shape.bytes_per_token} bytes a token); {cache.num_shards - num_damaged} of "
+        f"{cache.num_shards} shards are there, {format_bytes(need)} to write, {format_bytes(free)} free"
     )
     if need <= free:
         return
     smaller = "" if shape.dtype == "bfloat16" else "--config.data.feature_dtype=bfloat16 (half of it), "
     raise FeatureCacheError(
-        f"the feature cache needs {_gb(need)} more and {there} has {_gb(free)} free: {_gb(need - free)} are lacking. "
-        f"Make room, or use {smaller}a shorter data.max_length (now {data.max_length}), fewer rows, another directory, "
-        "or no cache (--config.data.feature_cache=)"
+        f"the feature cache needs {format_bytes(need)} more and {there} has {format_bytes(free)} free: "
+        f"{format_bytes(need - free)} are lacking. Make room, or use {smaller}a shorter data.max_length (now "
+        f"{data.max_length}), fewer rows, another directory, or no cache (--config.data.feature_cache=)"
     )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _fill(

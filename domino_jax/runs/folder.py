@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.checkpoints.durable import flush_tree, move, write_atomically
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
+from domino_jax.durable import flush_tree, move, remove, write_atomically
 from domino_jax.run_config import RunConfig
 
 _FREE_SETTINGS = {"train": ("wandb_project",), "data": ("feature_cache", "damaged_shards")}
@@ -161,11 +161,7 @@ def build_once(path: Path, build: Callable[[Path], Any]) -> None:
     if path.exists():
         return
     unfinished = path.with_name(path.name + ".part")
-    if unfinished.is_dir():
-        for file in sorted(unfinished.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        unfinished.rmdir()
-    unfinished.unlink(missing_ok=True)
+    remove(unfinished)
     path.parent.mkdir(parents=True, exist_ok=True)
     build(unfinished)
     flush_tree(unfinished)

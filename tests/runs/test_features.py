@@ -18,6 +18,7 @@ from domino_jax.config import ConfigError
 from domino_jax.data import feature_cache as feature_cache_module
 from domino_jax.data.feature_cache import FeatureCache, FeatureCacheError, read_index
 from domino_jax.data.pipeline import ChatSource
+from domino_jax.durable import format_bytes
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import features as features_module
@@ -178,20 +179,18 @@ def test_the_need_is_said_and_is_what_is_written(material, tmp_path):
     (line,) = [line for line in said if "to write" in line]
     written = sum(map(len, shard_files(tmp_path / "new").values()))
     index = source.index
-    assert f"{written / 1e9:.3g} GB to write" in line and f"0 of {NUM_SHARDS} shards are there" in line
+    assert f"{format_bytes(written)} to write" in line and f"0 of {NUM_SHARDS} shards are there" in line
     assert (
         f"({index.num_tokens} tokens x 32 values + 16 of the last hidden state in float32, 197 bytes a token)" in line
     )
     _, said = open_cache(config)
-    assert any(f"{NUM_SHARDS} of {NUM_SHARDS} shards are there, 0 GB to write" in line for line in said)
+    assert any(f"{NUM_SHARDS} of {NUM_SHARDS} shards are there, 0 B to write" in line for line in said)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(material, tmp_path, monkeypatch):
     config = make_config(material, tmp_path, tmp_path / "a" / "new", "kl")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 300_000))
-    with pytest.raises(
-        FeatureCacheError, match=r"needs 0\.000655 GB more .* 0\.0003 GB free: 0\.000355 GB are lacking"
-    ) as e:
+    with pytest.raises(FeatureCacheError, match=r"needs 640 KiB more .* 293 KiB free: 347 KiB are lacking") as e:
         open_cache(config)
     for way_out in ("feature_dtype=bfloat16", "data.max_length", "fewer rows", "another directory", "feature_cache="):
         assert way_out in str(e.value)

@@ -234,7 +234,7 @@ def test_out_of_disk_it_keeps_what_it_saved_and_goes_on_when_there_is_room(
         )
     assert limited.wait(timeout=300) == EXIT_MISTAKE
     said = (tmp_path / "limited").read_text().splitlines()[-1]
-    assert said.startswith(f"error: no room to save step {saved + 1}: it needs ") and "MB are free for" in said
+    assert said.startswith(f"error: no room to save step {saved + 1}: it needs ") and "B are free for" in said
     assert said.endswith(f"the latest step stored is {saved}. Make room, then the same command goes on")
     again = start()
     assert again.process.wait(timeout=300) == 0, again.said()
