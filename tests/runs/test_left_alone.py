@@ -85,8 +85,6 @@ def prebuilt(whole, tmp_path):
         shutil.copyfile(whole[0] / name, folder / name)
     rows = [row for row in read_rows(whole[0] / "metrics.jsonl") if row["stage"] == "target"]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = json.loads((folder / "config.json").read_text()) | {"output_dir": str(tmp_path / "run")}
-    (folder / "config.json").write_text(json.dumps(config))
     return tmp_path / "run"
 
 

@@ -28,10 +28,10 @@ from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
 from domino_jax.runs.draft import TrainingError, read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
-from domino_jax.runs.folder import RunError, open_run
+from domino_jax.runs.folder import RunError, hold_run, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.provenance import describe_directory, settings_path
-from domino_jax.runs.training_run import load_target_model, run_training
+from domino_jax.runs.training_run import cache_features, load_target_model, run_training
 from domino_jax.training.step import create_train_state
 
 
@@ -290,6 +290,16 @@ def test_a_finished_run_is_left_alone(material, finished):
     before = {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
     run_training(make_config(material, finished.parent))
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
+
+
+def test_a_folder_that_another_process_works_in_is_left_alone(material, tmp_path):
+    config = make_config(material, tmp_path)
+    cached = replace(config, data=replace(config.data, feature_cache=str(tmp_path / "cache")))
+    with hold_run(config) as folder:
+        for start in (lambda: run_training(config), lambda: cache_features(cached)):
+            with pytest.raises(RunError, match=f"another process works in {folder.root}"):
+                start()
+        assert sorted(path.name for path in folder.root.iterdir()) == [".lock", "config.json"]
 
 
 def test_another_configuration_is_refused_with_the_difference(material, finished):
