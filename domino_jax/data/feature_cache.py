@@ -178,7 +178,7 @@ class FeatureCache:
         return (num_blocks + 1) * _BLOCK_BYTES  # one block more holds the postscript
 
     def write_index(self, made_with: dict[str, Any], is_complete: bool) -> None:
-        """Write what the shards are made from; `made_with` is for people, nothing depends on it."""
+        """Write what the shards are made from; `made_with` says how, no record depends on it."""
         self.is_complete = is_complete
         index = {
             "format": FORMAT,
