@@ -22,7 +22,6 @@ from domino_jax.checkpoints.config_json import (
     write_draft_config,
     write_target_config,
 )
-from domino_jax.checkpoints.durable import flush
 from domino_jax.checkpoints.safetensors_io import (
     MAX_SHARD_BYTES,
     CheckpointError,
@@ -33,6 +32,7 @@ from domino_jax.checkpoints.safetensors_io import (
     write_tensors,
 )
 from domino_jax.config import DraftConfig, TargetConfig, find_misfits
+from domino_jax.durable import flush
 from domino_jax.shapes import Params
 
 CONFIG_FILE = "config.json"

@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from domino_jax.checkpoints.durable import write_atomically
+from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.durable import write_atomically
 
 MANIFEST_FILE = "MANIFEST"
 _READERS = 4
@@ -30,11 +31,15 @@ def write_manifest(folder: Path, name: str) -> None:
 
 
 def find_damage(folder: Path, below: str = "") -> list[str]:
-    """Return what is wrong with the files of a folder, or of its part `below`; nothing for one that is as written."""
+    """Return what is wrong with the files of a folder, or of its part `below`; nothing for one that is as written.
+
+    Raises:
+        CheckpointError: the system refuses to read a file: that may pass, and says nothing of the file.
+    """
     try:
         manifest = _read_manifest(folder)
     except OSError as error:
-        return [f"{MANIFEST_FILE} {_why_unreadable(error)}"]
+        return [f"{MANIFEST_FILE} {_name_damage(folder / MANIFEST_FILE, error)}"]
     if manifest is None:
         return [f"{MANIFEST_FILE} has changed"]
     if manifest["name"] != folder.name:
@@ -60,13 +65,18 @@ def _compare(path: Path, entry: dict[str, Any]) -> str:
             return f"is {abs(missing)} bytes {'shorter' if missing > 0 else 'longer'} than it was"
         return "" if _hash(path) == entry["sha256"] else "has changed, at the same length"
     except OSError as error:
-        return _why_unreadable(error)
+        return _name_damage(path, error)
 
 
-def _why_unreadable(error: OSError) -> str:
+def _name_damage(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "is missing"
-    return f"cannot be read ({error.strerror})"
+    if isinstance(error, IsADirectoryError):
+        return "is a folder"
+    raise CheckpointError(
+        f"{path} cannot be read now ({error.strerror}); nothing was changed: see to the disk or the permissions, then "
+        "the same command goes on"
+    ) from error
 
 
 def _hash(path: Path) -> str:

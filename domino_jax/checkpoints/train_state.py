@@ -25,12 +25,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from domino_jax.checkpoints.durable import NO_ROOM, flush_tree, move
 from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.durable import NO_ROOM, find_room, flush_tree, format_bytes, move, remove
 
 _STATE, _RECORD = "state", "record"
-_PARTIAL, _DAMAGED = ".partial", "damaged"
+_PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", "damaged"
 _OVERHEAD_BYTES = 1 << 20  # names, shapes, the record, and files rounded up to blocks
 _NUM_NAMED = 5
 
@@ -81,8 +81,8 @@ class TrainCheckpoints:
         data_state: dict[str, Any] | bytes,
         metadata: dict[str, Any],
         metric: float | None = None,
-    ) -> bool:
-        """Store a step and drop those that need not be kept; return False where the step is stored already.
+    ) -> None:
+        """Store a step and drop those that need not be kept; one that is stored already is replaced.
 
         The highest `metric` is the best, the earlier one among equals; a step without one, or with one that is not
         finite, is never it. `data_state` and `metadata` are JSON values (`data_state` may be bytes); tuples come back
@@ -92,8 +92,6 @@ class TrainCheckpoints:
             CheckpointError: two leaves of the state have the same path, or the disk has no room or refuses to write;
                 the steps stored before are as they were.
         """
-        if step in self._steps():
-            return False
         record = {
             "data_state": _encode_data_state(data_state),
             "metadata": metadata,
@@ -101,7 +99,7 @@ class TrainCheckpoints:
         }
         stored = {name: _as_stored(leaf) for name, leaf in _named_leaves(state).items()}
         num_bytes = sum(leaf.nbytes for leaf in stored.values()) + _OVERHEAD_BYTES
-        if shutil.disk_usage(self.directory).free < num_bytes:
+        if find_room(self.directory)[1] < num_bytes:
             raise self._no_room(step, num_bytes)
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
         try:
@@ -122,7 +120,6 @@ class TrainCheckpoints:
         for old in self._steps()[: -self._keep]:
             if old != best:
                 self._drop(old)
-        return True
 
     def restore(self, state_like: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """Return (state, data_state, metadata) of `step` (default: the latest), or None where nothing was ever stored.
@@ -131,8 +128,8 @@ class TrainCheckpoints:
         Asked for the latest, a damaged step is moved aside and the one before it is taken.
 
         Raises:
-            CheckpointError: `step` is not stored or damaged, all steps are damaged, or the state does not fit
-                `state_like`.
+            CheckpointError: `step` is not stored or damaged, all steps are damaged, a file cannot be read now, or the
+                state does not fit `state_like`.
         """
         if step is None:
             step = self._latest_whole()
@@ -161,10 +158,6 @@ class TrainCheckpoints:
             self._say("it was the best step; the next best is used, or the latest")
         return None
 
-    def latest_step(self) -> int | None:
-        """Return the newest stored step, or None."""
-        return max(self._steps(), default=None)
-
     def best_step(self) -> int | None:
         """Return the stored step with the highest metric, or None where no step has one.
 
@@ -190,7 +183,13 @@ class TrainCheckpoints:
         return sorted(int(p.name) for p in self.directory.iterdir() if re.fullmatch("[0-9]+", p.name) and p.is_dir())
 
     def _remove_partial(self) -> None:
-        """Remove what a crash left of steps that were being written or dropped."""
+        """Remove what a crash left of steps being written or dropped, and put back one that was being replaced."""
+        for replaced in self.directory.glob(f"*{_REPLACED}"):
+            folder = replaced.with_suffix("")
+            if folder.exists():
+                shutil.rmtree(replaced)
+            else:
+                move(replaced, folder)
         for path in self.directory.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(path)
 
@@ -200,7 +199,11 @@ class TrainCheckpoints:
             self._orbax.save(partial, args=arguments)
         write_manifest(partial, str(step))
         flush_tree(partial)
-        move(partial, self._folder(step))
+        folder, replaced = self._folder(step), self.directory / f"{step}{_REPLACED}"
+        if folder.exists():
+            move(folder, replaced)
+        move(partial, folder)
+        remove(replaced)  # there is one only where a step was stored twice
 
     def _drop(self, step: int) -> None:
         """Remove a step; cut short, it is no step that misses files."""
@@ -255,9 +258,9 @@ class TrainCheckpoints:
         return f"the latest step stored is {steps[-1]}" if steps else "no step is stored"
 
     def _no_room(self, step: int, num_bytes: int) -> CheckpointError:
-        free = shutil.disk_usage(self.directory).free
+        _, free = find_room(self.directory)
         return CheckpointError(
-            f"no room to save step {step}: it needs {_megabytes(num_bytes)}, {_megabytes(free)} are free for "
+            f"no room to save step {step}: it needs {format_bytes(num_bytes)}, {format_bytes(free)} are free for "
             f"{self.directory} (a quota or a limit on file sizes may allow less); {self._what_is_left()}. Make room, "
             "then the same command goes on"
         )
@@ -308,10 +311,6 @@ def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> b
 def _shorten(problems: list[str]) -> str:
     more = len(problems) - _NUM_NAMED
     return "; ".join(problems[:_NUM_NAMED]) + (f"; and {more} more files" if more > 0 else "")
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.2f} MB"
 
 
 def _named_leaves(state: Any) -> dict[str, Any]:

@@ -13,7 +13,6 @@ a chunk header of 40 bytes a record.
 """
 
 import json
-import os
 import struct
 import zlib
 from collections import OrderedDict
@@ -28,6 +27,7 @@ import ml_dtypes
 import numpy as np
 
 from domino_jax.data.pipeline import ChatSource
+from domino_jax.durable import flush, hold_lock, move, write_atomically
 from domino_jax.records import ChatRow
 
 INDEX_FILE, LOCK_FILE = "index.json", ".lock"
@@ -178,7 +178,7 @@ class FeatureCache:
         return (num_blocks + 1) * _BLOCK_BYTES  # one block more holds the postscript
 
     def write_index(self, made_with: dict[str, Any], is_complete: bool) -> None:
-        """Write what the shards are made from; `made_with` is for people, nothing depends on it."""
+        """Write what the shards are made from; `made_with` says how, no record depends on it."""
         self.is_complete = is_complete
         index = {
             "format": FORMAT,
@@ -187,9 +187,8 @@ class FeatureCache:
             "is_complete": is_complete,
             "shard_starts": self.shard_starts,
         }
-        part = self.directory / f".{INDEX_FILE}.part"
-        part.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _publish(part, self.directory / INDEX_FILE)
+        with write_atomically(self.directory / INDEX_FILE) as file:
+            file.write(json.dumps(index, indent=2).encode() + b"\n")
 
     def find_damage(self) -> dict[int, str]:
         """Return a reason for every shard that is missing (`missing`) or cannot be opened.
@@ -246,7 +245,8 @@ class FeatureCache:
             finally:
                 writer.close()
             self.close(shard)
-            _publish(part, path)
+            flush(part)
+            move(part, path)
         except (OSError, RuntimeError) as error:
             raise FeatureCacheError(
                 f"{path} cannot be written: {_one_line(error)}; free disk space or give another data.feature_cache, "
@@ -262,8 +262,9 @@ class FeatureCache:
 
     def remove_parts(self) -> None:
         """Delete what a killed process left unfinished; only for who holds the lock."""
-        for part in self.directory.glob(".*.part"):
-            part.unlink(missing_ok=True)
+        for pattern in (".*.part", f".{INDEX_FILE}.*.tmp"):
+            for part in self.directory.glob(pattern):
+                part.unlink(missing_ok=True)
 
     def close(self, shard: int | None = None) -> None:
         """Close the file of a shard, or of all of them; it is opened again when a row is read."""
@@ -274,14 +275,8 @@ class FeatureCache:
     @contextmanager
     def lock(self, say: Callable[[str], None]) -> Iterator[None]:
         """Hold the right to write; wait while another process has it. It ends with the process, however that ends."""
-        import fcntl  # not on Windows, where there is no ArrayRecord either
-
-        with open(self.directory / LOCK_FILE, "a", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say(f"{self.directory}: another process is filling this feature cache; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
+        waiting = f"{self.directory}: another process is filling this feature cache; waiting for it"
+        with hold_lock(self.directory / LOCK_FILE, lambda: say(waiting)):
             yield
 
     def _open(self, shard: int) -> Any:
@@ -454,22 +449,6 @@ def _import_array_record() -> Any:
 def _close(reader: Any) -> None:
     with suppress(RuntimeError):  # what it complains of was told when it was read
         reader.close()
-
-
-def _publish(part: Path, path: Path) -> None:
-    """Move a finished file to its name when its bytes are on the disk."""
-    _sync(part)
-    os.replace(part, path)
-    with suppress(OSError):  # some file systems cannot sync a directory
-        _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _one_line(error: Exception) -> str:

@@ -9,11 +9,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from domino_jax.checkpoints.fingerprint import fingerprint_target
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
 from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
 from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
@@ -29,12 +31,14 @@ from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.monitor import RunMonitor, StageProgress
+from domino_jax.runs.provenance import describe_tokenizer
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.training.draft_init import check_start, start_from_target
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
 STAGE = "draft"
 _EVAL_BATCH = 32
+_LACKS_TAU = "lacks_tau"
 
 
 class TrainingError(ValueError):
@@ -126,7 +130,12 @@ class TrainedDraft:
 
 @dataclass
 class _Training:
-    """What the loop carries; local to `train_draft`."""
+    """What the loop carries; local to `train_draft`.
+
+    Attributes:
+        identity: what must not change below a run although its configuration stays the same.
+        tau: the latest, to be shown.
+    """
 
     config: RunConfig
     folder: RunFolder
@@ -138,18 +147,24 @@ class _Training:
     monitor: RunMonitor
     held_out: HeldOutPrompts | None
     num_steps: int
+    identity: dict[str, Any]
     tau: float | None = None
 
-    def save(self, state: TrainState, step: int, tau: float | None) -> None:
-        metadata = {"config": to_json_dict(self.config), **self.identity()}
+    def save(self, state: TrainState, step: int, tau: float | None = None, *, lacks_tau: bool = False) -> None:
+        """Store the step; `lacks_tau` has the next start decode the held-out prompts first."""
+        metadata = {"config": to_json_dict(self.config), _LACKS_TAU: lacks_tau, **self.identity}
         self.monitor.flush()
-        if self.checkpoints.save(step, state, self.batches.get_state(), metadata, tau):
-            self.monitor.say(f"saved step {step}")
+        self.checkpoints.save(step, state, self.batches.get_state(), metadata, tau)
+        self.monitor.say(f"saved step {step}")
 
-    def identity(self) -> dict[str, Any]:
-        """Return what must not change below a run although its configuration stays the same."""
-        held_out = self.held_out.fingerprint() if self.held_out else ""
-        return {"draft": to_json_dict(self.draft), "held_out": held_out}
+    def evaluate_and_save(self, state: TrainState, step: int) -> None:
+        """Store the step with its tau; a decode that fails or is interrupted costs no steps."""
+        try:
+            tau = self.evaluate(state, step)
+        except BaseException:
+            self.save(state, step, lacks_tau=True)
+            raise
+        self.save(state, step, tau)
 
     def evaluate(self, state: TrainState, step: int) -> float | None:
         if self.held_out is None:
@@ -172,7 +187,7 @@ def train_draft(
         FeatureCacheError: the features cannot be kept, or those that are kept do not belong to the run.
         TrainingError: too many updates in a row are not finite.
         CheckpointError: the drafter does not fit the target, no checkpoint can be used, or none can be written.
-        RunError: target or held-out prompts are not those of the latest checkpoint.
+        RunError: target, tokenizer or held-out prompts are not those of the latest checkpoint.
     """
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
@@ -194,12 +209,23 @@ def train_draft(
         monitor.say(index.report.summary())
     num_steps = config.train.num_steps or batches.num_batches or 0
     checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints, monitor.say)
-    if config.data.feature_cache and checkpoints.latest_step() != num_steps:  # a finished run needs no features
-        batches, _, _ = batch_rows(open_features(config, draft, target, chats, monitor))
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
-    run = _Training(config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps)
+    identity = {
+        "draft": to_json_dict(draft),
+        "held_out": held_out.fingerprint() if held_out else "",
+        "target": fingerprint_target(Path(target.path)),
+        "tokenizer": describe_tokenizer(target.tokenizer),
+    }
+    run = _Training(
+        config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps, identity
+    )
     try:
-        state = _run_steps(run, _restore(run))
+        state = _restore(run)
+        if config.data.feature_cache and int(state.step) < num_steps:  # a finished run needs no features
+            position = run.batches.get_state()
+            run.batches, _, _ = batch_rows(open_features(config, draft, target, chats, monitor))
+            run.batches.set_state(position)
+        state = _run_steps(run, state)
         best_step = _export(run, state)
     finally:
         checkpoints.close()
@@ -239,18 +265,21 @@ def _restore(run: _Training) -> TrainState:
     if restored is not None:
         state, data_state, metadata = restored
         run.batches.set_state(data_state)
-        identity = run.identity()
-        differences = diff_configs({name: metadata[name] for name in identity}, identity)
+        stored = {name: metadata[name] for name in run.identity if name in metadata}
+        differences = diff_configs(stored, run.identity)
         if differences:
             raise RunError(
-                f"the target ({run.target.path}) or the held-out prompts are not those of step {int(state.step)} in "
-                f"{run.folder.checkpoints}; put them back as they were, or give this run another --config.name:\n  "
-                + "\n  ".join(differences)
+                f"the target ({run.target.path}), its tokenizer or the held-out prompts are not those of step "
+                f"{int(state.step)} in {run.folder.checkpoints}; put them back as they were, or give this run another "
+                "--config.name:\n  " + "\n  ".join(differences)
             )
         run.monitor.say(f"going on from step {int(state.step)}")
-    step = int(state.step)
+    step, lacks_tau = int(state.step), restored is not None and restored[2][_LACKS_TAU]
     run.monitor.drop_rows_after(STAGE, step)
-    run.monitor.drop_rows_after("held_out", step)
+    run.monitor.drop_rows_after("held_out", step - 1 if lacks_tau else step)
+    if lacks_tau:
+        run.monitor.say(f"step {step} lacks its tau: decoding the held-out prompts")
+        run.save(state, step, run.evaluate(state, step))
     return state
 
 
@@ -284,14 +313,14 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             is_eval = step % train.eval_every == 0 or is_last
             if is_eval or step % train.checkpoint_every == 0 or stopped:
                 skips.check()
-                paused, tau = time.perf_counter(), None
-                try:
-                    tau = run.evaluate(state, step) if is_eval else None
-                finally:  # a decode that fails costs its tau, not the steps
-                    run.save(state, step, tau)
+                paused = time.perf_counter()
+                if is_eval:
+                    run.evaluate_and_save(state, step)
+                else:
+                    run.save(state, step)
                 began += time.perf_counter() - paused
-            if stopped:
-                raise RunStopped(f"stopped at step {step} of {run.num_steps} and saved; the same command goes on")
+                if stopped:
+                    raise RunStopped(f"stopped at step {step} of {run.num_steps} and saved; the same command goes on")
     return state
 
 

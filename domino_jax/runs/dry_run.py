@@ -6,13 +6,11 @@ first batch: with a target that is there its loss is the first one that the run 
 """
 
 import math
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice, pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +24,7 @@ from domino_jax.data.chat_template import load_tokenizer, render_chat
 from domino_jax.data.pipeline import build_dataset, pad_batch
 from domino_jax.data.stdlib_chats import build_chats
 from domino_jax.data.tokenizer import train_tokenizer
+from domino_jax.durable import find_room, format_bytes
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.records import ChatRow, TrainBatch
 from domino_jax.run_config import CorpusConfig, RunConfig
@@ -249,11 +248,11 @@ def _disk_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
     if rehearsal.config.corpus:
         # A checkpoint holds float32 weights and two moments; two lie beside the next one while that is written.
         parts.append(("embedded target and its checkpoints", (1 + 3 * 3) * 4 * _count(rehearsal.target.params)))
-    existing = next(path for path in (p for p in _and_parents(rehearsal.folder.root) if p.exists()))
+    existing, free = find_room(rehearsal.folder.root)
     return [
         *((name, format_bytes(size)) for name, size in parts),
         ("in all, at most (without data, metrics and report)", format_bytes(sum(size for _, size in parts))),
-        (f"free at {existing}", format_bytes(shutil.disk_usage(existing).free)),
+        (f"free at {existing}", format_bytes(free)),
         *_feature_lines(rehearsal),
     ]
 
@@ -267,11 +266,6 @@ def _feature_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
         return [(name, "not known before the target has answered")]
     shape = choose_feature_shape(rehearsal.config, rehearsal.draft, rehearsal.target.config)
     return [(name, f"{format_bytes(rehearsal.num_tokens * shape.bytes_per_token)}, less what is there already")]
-
-
-def _and_parents(path: Path) -> list[Path]:
-    path = path.absolute()
-    return [path, *path.parents]
 
 
 def _memory_lines(rehearsal: _Rehearsal, compiled: Any) -> list[tuple[str, str]]:
@@ -304,16 +298,6 @@ def _memory_lines(rehearsal: _Rehearsal, compiled: Any) -> list[tuple[str, str]]
         return [*lines, (f"{jax.devices()[0].device_kind} has", "(this device does not tell)")]
     fits = "" if in_all <= limit else "   too little: raise data.micro_steps, or lower data.max_length"
     return [*lines, (f"{jax.devices()[0].device_kind} has", format_bytes(limit) + fits)]
-
-
-def format_bytes(size: int) -> str:
-    """Return a size in binary units, three digits."""
-    value, unit = float(size), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1000 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value >= 100 or unit == "B" else f"{value:.3g} {unit}"
 
 
 def _format(title: str, lines: Sequence[tuple[str, str]]) -> str:

@@ -148,8 +148,8 @@ def _train(
                 if step % _CHECKPOINT_EVERY == 0 or stopped:
                     monitor.flush()
                     checkpoints.save(step, state, data_state, {"corpus": to_json_dict(corpus)})
-                if stopped:
-                    raise RunStopped(f"stopped at step {step} of the target and saved; the same command goes on")
+                    if stopped:
+                        raise RunStopped(f"stopped at step {step} of the target and saved; the same command goes on")
     finally:
         checkpoints.close()
     return state

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from domino_jax.checkpoints.durable import NO_ROOM
+from domino_jax.durable import NO_ROOM
 
 EXIT_MISTAKE, EXIT_STOPPED = 2, 130
 

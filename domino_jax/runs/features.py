@@ -10,7 +10,6 @@ of similar length.
 """
 
 import json
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from domino_jax.data.feature_cache import (
     read_index,
 )
 from domino_jax.data.pipeline import ChatSource, pad_batch
+from domino_jax.durable import find_room, format_bytes
 from domino_jax.records import ChatRow
 from domino_jax.run_config import DataConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
@@ -43,6 +43,8 @@ from domino_jax.training.feature_step import make_feature_step
 
 _SHORTEST_WIDTH = 32
 _MISSING = "missing"
+_BATCH_SHAPES = "batch_shapes"
+"""Entry of `made_with` in the index: for every run that wrote, rows and width of the batches it computed on."""
 
 
 def open_features(
@@ -65,6 +67,7 @@ def open_features(
     check_array_record()
     cache = _claim(config, draft, target, chats)
     data, say = config.data, monitor.say
+    made_with = {"train_path": data.train_path, "target": target.path}
     forward = _FeatureForward(config, draft, target, cache, chats)
     damage = _find_damage(cache, verify)
     kept = _kept_damage(data, cache, damage)
@@ -75,7 +78,8 @@ def open_features(
         cache.directory.mkdir(parents=True, exist_ok=True)
         with cache.lock(say):
             cache = forward.cache = _claim(config, draft, target, chats)  # another process may have written meanwhile
-            _fill(cache, forward, missing, {"train_path": data.train_path, "target": target.path}, monitor)
+            _fill(cache, forward, missing, made_with, monitor)
+    _tell_other_shapes(cache, forward, say)
     if len(kept) == cache.num_shards:
         raise FeatureCacheError(
             f"{cache.directory}: every shard is damaged or missing; --config.data.damaged_shards=rebuild computes them "
@@ -85,6 +89,7 @@ def open_features(
     def rebuild(shard: int) -> None:
         with cache.lock(say):
             if not _is_whole(cache, shard):
+                _note_shapes(cache, forward, made_with)
                 cache.write_shard(shard, forward.compute(shard))
 
     with_hidden = config.objective.match != "none"
@@ -193,26 +198,21 @@ def _check_disk(
     total = sum(map(cache.expected_bytes, range(cache.num_shards)))
     need = sum(map(cache.expected_bytes, missing))
     num_tokens = sum(map(cache.num_tokens, range(cache.num_shards)))
-    there = next(path for path in (cache.directory.absolute(), *cache.directory.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    there, free = find_room(cache.directory)
     hidden = f" + {shape.hidden_width} of the last hidden state" if shape.hidden_width else ""
     say(
-        f"feature cache {cache.directory}: {_gb(total)} ({num_tokens} tokens x {shape.feature_width} values{hidden} in "
-        f"{shape.dtype}, {shape.bytes_per_token} bytes a token); {cache.num_shards - num_damaged} of "
-        f"{cache.num_shards} shards are there, {_gb(need)} to write, {_gb(free)} free"
+        f"feature cache {cache.directory}: {format_bytes(total)} ({num_tokens} tokens x {shape.feature_width} "
+        f"values{hidden} in {shape.dtype}, {shape.bytes_per_token} bytes a token); {cache.num_shards - num_damaged} of "
+        f"{cache.num_shards} shards are there, {format_bytes(need)} to write, {format_bytes(free)} free"
     )
     if need <= free:
         return
     smaller = "" if shape.dtype == "bfloat16" else "--config.data.feature_dtype=bfloat16 (half of it), "
     raise FeatureCacheError(
-        f"the feature cache needs {_gb(need)} more and {there} has {_gb(free)} free: {_gb(need - free)} are lacking. "
-        f"Make room, or use {smaller}a shorter data.max_length (now {data.max_length}), fewer rows, another directory, "
-        "or no cache (--config.data.feature_cache=)"
+        f"the feature cache needs {format_bytes(need)} more and {there} has {format_bytes(free)} free: "
+        f"{format_bytes(need - free)} are lacking. Make room, or use {smaller}a shorter data.max_length (now "
+        f"{data.max_length}), fewer rows, another directory, or no cache (--config.data.feature_cache=)"
     )
-
-
-def _gb(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.3g} GB"
 
 
 def _fill(
@@ -223,8 +223,8 @@ def _fill(
     monitor: RunMonitor,
 ) -> None:
     cache.remove_parts()
-    if read_index(cache.directory) is None:
-        cache.write_index(made_with, is_complete=False)
+    if missing:
+        _note_shapes(cache, forward, made_with)
     total = sum(map(cache.num_tokens, range(cache.num_shards)))
     done = total - sum(map(cache.num_tokens, missing))
     with stop_requests() as stopped, monitor.stage("features (tokens)", total, done) as progress:
@@ -236,7 +236,33 @@ def _fill(
             if stopped and number + 1 < len(missing):
                 _stop(cache, len(missing) - number - 1)
     if not cache.is_complete:
-        cache.write_index(made_with, is_complete=True)
+        cache.write_index(made_with | {_BATCH_SHAPES: _stored_shapes(cache)}, is_complete=True)
+
+
+def _note_shapes(cache: FeatureCache, forward: "_FeatureForward", made_with: dict[str, Any]) -> None:
+    """Have the index name the shapes that features are about to be computed on."""
+    shapes = _stored_shapes(cache)
+    if forward.batch_shapes not in shapes:
+        cache.write_index(made_with | {_BATCH_SHAPES: [*shapes, forward.batch_shapes]}, cache.is_complete)
+
+
+def _stored_shapes(cache: FeatureCache) -> list[list[list[int]]]:
+    """Return the batch shapes of every run that has written into the cache."""
+    index = read_index(cache.directory)
+    return index["made_with"].get(_BATCH_SHAPES, []) if index else []
+
+
+def _tell_other_shapes(cache: FeatureCache, forward: "_FeatureForward", say: Callable[[str], None]) -> None:
+    others = [shapes for shapes in _stored_shapes(cache) if shapes != forward.batch_shapes]
+    if others and cache.shape.dtype == "float32":
+        theirs, ours = (
+            ", ".join(f"{rows} x {width}" for rows, width in shapes) for shapes in (others[0], forward.batch_shapes)
+        )
+        say(
+            f"feature cache {cache.directory}: features were computed on batches of {theirs} tokens, this run would "
+            f"compute them on {ours}: its losses agree with those of training without a cache to about 1e-5 instead "
+            "of 1e-6"
+        )
 
 
 def _stop(cache: FeatureCache, num_missing: int) -> None:
@@ -266,6 +292,11 @@ class _FeatureForward:
             config.target.dtype,
             cache.shape.dtype,
         )
+
+    @property
+    def batch_shapes(self) -> list[list[int]]:
+        """Rows and width of the batches that features are computed on."""
+        return [[self._count_rows(width), width] for width in self._widths]
 
     def compute(self, shard: int, stopped: Sequence[int] = (), progress: StageProgress | None = None) -> list[ChatRow]:
         """Return the rows of a shard in their order.

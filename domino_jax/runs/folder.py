@@ -4,19 +4,21 @@ Knows paths and the stored configuration, nothing about models or training.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from domino_jax.checkpoints.durable import flush_tree, move, write_atomically
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
+from domino_jax.durable import flush_tree, hold_lock, move, remove, write_atomically
 from domino_jax.run_config import RunConfig
 
-_FREE_SETTINGS = {"train": ("wandb_project",), "data": ("feature_cache", "damaged_shards")}
-"""Settings, by part of the configuration, that say where metrics are shown, where features lie and how files are
-mended; no result depends on them, and a run may go on with others."""
+_FREE_PARTS = ("name", "output_dir")
+"""Where the run lies; no result depends on it, and a run whose folder was moved goes on."""
+_FEATURE_SETTINGS = ("feature_cache", "feature_dtype", "damaged_shards")
+"""Settings of `data` that only the drafter's training depends on."""
 
 
 class RunError(ValueError):
@@ -85,9 +87,34 @@ class RunFolder:
         return self.root / "wandb.json"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that works in the folder."""
+        return self.root / ".lock"
+
+    @property
     def report(self) -> Path:
         """The report's folder: `report.md`, plots, raw rows, coloured samples."""
         return self.root / "report"
+
+
+@contextmanager
+def hold_run(config: RunConfig) -> Iterator[RunFolder]:
+    """Open the run's folder as `open_run` does, for this process alone; that ends with the process, however it ends.
+
+    Raises:
+        RunError: as `open_run`, or another process works in the folder.
+    """
+    folder = find_run(config)
+    folder.root.mkdir(parents=True, exist_ok=True)
+
+    def refuse() -> None:
+        raise RunError(
+            f"another process works in {folder.root}; wait for its end (a run that is asked to stop saves first), or "
+            "give this run another --config.name"
+        )
+
+    with hold_lock(folder.lock, refuse):
+        yield open_run(config)
 
 
 def open_run(config: RunConfig) -> RunFolder:
@@ -112,10 +139,9 @@ def find_run(config: RunConfig) -> RunFolder:
     """
     folder = RunFolder(Path(config.output_dir) / config.name)
     if folder.config.exists():
-        now = json.loads(json.dumps(to_json_dict(config)))
-        fixed = _fixed_parts(folder, now)
-        stored = _choose_parts(json.loads(folder.config.read_text()), fixed)
-        differences = diff_configs(stored, _choose_parts(now, fixed))
+        stored = _fixed_settings(folder, json.loads(folder.config.read_text()))
+        now = _fixed_settings(folder, json.loads(json.dumps(to_json_dict(config))))
+        differences = diff_configs(stored, now)
         if differences:
             raise RunError(
                 f"{folder.root} holds results of another configuration; go on with the same one, give this run another "
@@ -124,25 +150,35 @@ def find_run(config: RunConfig) -> RunFolder:
     return folder
 
 
-def _choose_parts(config: dict[str, Any], parts: set[str]) -> dict[str, Any]:
-    """Return the parts of a configuration that are named, without the settings that no result depends on."""
-    chosen = {name: value for name, value in config.items() if name in parts}
-    for part, names in _FREE_SETTINGS.items():
-        if part in chosen:
-            chosen[part] = {name: value for name, value in chosen[part].items() if name not in names}
-    return chosen
+def _fixed_settings(folder: RunFolder, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a configuration that results in the folder depend on.
 
-
-def _fixed_parts(folder: RunFolder, config: dict[str, Any]) -> set[str]:
-    """Return the parts of a configuration that results in the folder depend on."""
-    if _has_content(folder.checkpoints) or folder.best_draft.exists():
-        return set(config)
-    fixed = set()
-    if folder.train_chats.exists():
-        fixed |= {"seed", "target", "corpus"}
-    if folder.responses.exists():
-        fixed.add("data")
+    A feature cache may be moved, but not given up or taken up between two checkpoints: losses from it are not those of
+    training without it, bit for bit.
+    """
+    has_checkpoints = _has_content(folder.checkpoints)
+    if not has_checkpoints and not folder.best_draft.exists():
+        parts: set[str] = set()
+        if folder.train_chats.exists():
+            parts |= {"seed", "target", "corpus"}
+        if folder.responses.exists():
+            parts.add("data")
+        fixed = {name: value for name, value in config.items() if name in parts}
+        return _leave_out(fixed, "data", _FEATURE_SETTINGS)
+    fixed = {name: value for name, value in config.items() if name not in _FREE_PARTS}
+    fixed = _leave_out(fixed, "train", ("wandb_project",))
+    if has_checkpoints:  # they know the target by its content
+        fixed = _leave_out(fixed, "target", ("path",))
+    if fixed["data"].get("feature_cache"):
+        fixed["data"] = fixed["data"] | {"feature_cache": "a directory"}
     return fixed
+
+
+def _leave_out(config: dict[str, Any], part: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return a configuration without some settings of one part, which may be missing."""
+    if part not in config:
+        return config
+    return config | {part: {name: value for name, value in config[part].items() if name not in names}}
 
 
 def _has_content(directory: Path) -> bool:
@@ -161,11 +197,7 @@ def build_once(path: Path, build: Callable[[Path], Any]) -> None:
     if path.exists():
         return
     unfinished = path.with_name(path.name + ".part")
-    if unfinished.is_dir():
-        for file in sorted(unfinished.rglob("*"), reverse=True):
-            file.rmdir() if file.is_dir() else file.unlink()
-        unfinished.rmdir()
-    unfinished.unlink(missing_ok=True)
+    remove(unfinished)
     path.parent.mkdir(parents=True, exist_ok=True)
     build(unfinished)
     flush_tree(unfinished)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from domino_jax.checkpoints.durable import flush, write_atomically
+from domino_jax.durable import flush, write_atomically
 
 _SECONDS_BETWEEN_LINES = 15.0
 

@@ -20,7 +20,7 @@ from domino_jax.runs.embedded import (
     read_corpus_chats,
 )
 from domino_jax.runs.features import open_features
-from domino_jax.runs.folder import RunError, RunFolder, open_run, write_text
+from domino_jax.runs.folder import RunError, RunFolder, hold_run, write_text
 from domino_jax.runs.model_card import write_model_cards
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
@@ -36,11 +36,16 @@ def run_training(config: RunConfig) -> None:
 
     Raises:
         RunStopped: the run was asked to stop and has saved.
-        RunError: a file of chats is missing, or the folder holds results of another configuration.
+        RunError: a file of chats is missing, the folder holds results of another configuration, or another process
+            works in it.
         ValueError: of the room that found a mistake in data, checkpoint or configuration.
     """
     check_run(config)
-    folder = open_run(config)
+    with hold_run(config) as folder:
+        _run_stages(config, folder)
+
+
+def _run_stages(config: RunConfig, folder: RunFolder) -> None:
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
         if config.train.wandb_project:
@@ -63,7 +68,11 @@ def cache_features(config: RunConfig, verify: bool = False) -> None:
     """
     require(bool(config.data.feature_cache), "data.feature_cache is empty; give a directory")
     check_run(config)
-    folder = open_run(config)
+    with hold_run(config) as folder:
+        _fill_cache(config, folder, verify)
+
+
+def _fill_cache(config: RunConfig, folder: RunFolder, verify: bool) -> None:
     monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
     try:
         target, train_path, _ = _prepare(config, folder, monitor)

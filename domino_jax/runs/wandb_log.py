@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from domino_jax.checkpoints.safetensors_io import CheckpointError, read_json_object
 from domino_jax.config import to_json_dict
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.folder import RunError, RunFolder, write_text
@@ -55,20 +56,24 @@ class WandbLog:
         """
         wandb = load_wandb()
         self._folder, self._say, self._run = folder, say, None
-        self._sent = self._read_sent(config.train.wandb_project)
+        self._sent: dict[str, Any] = {}
         self._guarded(lambda: self._open(wandb, config))
         if folder.metrics.exists():
             for row in read_rows(folder.metrics):
                 self.send(row)
 
     def _read_sent(self, project: str) -> dict[str, Any]:
-        if self._folder.wandb.exists():
-            sent = json.loads(self._folder.wandb.read_text(encoding="utf-8"))
+        path = self._folder.wandb
+        if path.exists():
+            sent = read_json_object(path)
+            if {"project", "id", "steps"} - sent.keys():
+                raise CheckpointError(f"{path} names no W&B run; remove it to begin another")
             if sent["project"] == project:
                 return sent
         return {"project": project, "id": secrets.token_hex(4), "steps": {}}
 
     def _open(self, wandb: ModuleType, config: RunConfig) -> None:
+        self._sent = self._read_sent(config.train.wandb_project)
         self._run = wandb.init(
             project=config.train.wandb_project,
             name=config.name,
@@ -89,10 +94,13 @@ class WandbLog:
             return
         stage, run = row["stage"], self._run
         scalars = choose_scalars(row) | {f"{stage}/step": row["step"]}
-        self._guarded(lambda: run.log(scalars))
-        if self._run is not None:
+
+        def log() -> None:
+            run.log(scalars)
             self._sent["steps"][stage] = row["step"]
             self._keep_sent()
+
+        self._guarded(log)
 
     def _keep_sent(self) -> None:
         write_text(self._folder.wandb, json.dumps(self._sent) + "\n")

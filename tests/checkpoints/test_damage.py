@@ -1,8 +1,11 @@
 """Damaged checkpoints: the file is named, the folder is kept aside, the step before is used."""
 
+import errno
+import os
 import random
 import re
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +70,7 @@ def delete(path, generator):
 def replace_by_folder(path, generator):
     path.unlink()
     path.mkdir()
-    return "cannot be read|longer|shorter"
+    return "is a folder|longer|shorter"
 
 
 def read(directory, keep=2):
@@ -172,7 +175,7 @@ def test_a_step_damaged_twice_is_kept_twice(directory):
         flip_bit(directory / "4" / MANIFEST_FILE, random.Random(1))
         read(directory)
         checkpoints = TrainCheckpoints(directory, 2)
-        assert checkpoints.save(4, make_state(4), {}, {})
+        checkpoints.save(4, make_state(4), {}, {})
         checkpoints.close()
     assert sorted(path.name for path in (directory / "damaged").iterdir()) == ["4", "4.2"]
     assert read(directory)[0][0]["step"] == 4
@@ -228,3 +231,23 @@ def test_a_manifest_lists_every_file_below(tmp_path):
     (tmp_path / "d").write_bytes(b"tex")
     assert find_damage(tmp_path) == ["a/b/c is 1 bytes longer than it was", "d is 1 bytes shorter than it was"]
     assert find_damage(tmp_path, "a/") == ["a/b/c is 1 bytes longer than it was"]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EACCES, errno.ESTALE])
+@pytest.mark.parametrize("name", [MANIFEST_FILE, "state/_METADATA"])
+def test_what_the_system_refuses_to_read_is_no_damage(directory, monkeypatch, code, name):
+    """An error that passes must not move every step aside."""
+    unreadable = directory / "4" / name
+    open_path = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path == unreadable:
+            raise OSError(code, os.strerror(code))
+        return open_path(path, *arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", refuse)
+        with pytest.raises(CheckpointError, match=rf"4/{name} cannot be read now \({os.strerror(code)}\)"):
+            read(directory)
+    assert not (directory / "damaged").exists()
+    assert read(directory)[0][0]["step"] == 4

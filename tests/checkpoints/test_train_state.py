@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from domino_jax.checkpoints import train_state
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
 
@@ -55,7 +56,7 @@ def assert_same_bits(left, right) -> None:
 def test_restore_returns_the_saved_bits(tmp_path: Path) -> None:
     state = make_state(7)
     checkpoints = TrainCheckpoints(tmp_path / "run", keep=2)
-    assert checkpoints.save(7, state, {"next_index": 12, "nested": {"seed": 2**40}}, METADATA, metric=None)
+    checkpoints.save(7, state, {"next_index": 12, "nested": {"seed": 2**40}}, METADATA, metric=None)
     checkpoints.close()
     again = TrainCheckpoints(tmp_path / "run", keep=2)
     restored = again.restore(make_state(1))
@@ -68,7 +69,7 @@ def test_restore_returns_the_saved_bits(tmp_path: Path) -> None:
 def test_nothing_stored_gives_none(tmp_path: Path) -> None:
     checkpoints = TrainCheckpoints(tmp_path / "run", keep=1)
     assert checkpoints.restore(make_state(1)) is None
-    assert checkpoints.latest_step() is None and checkpoints.best_step() is None
+    assert checkpoints.best_step() is None
     with pytest.raises(CheckpointError, match="step 4 is not stored"):
         checkpoints.restore(make_state(1), step=4)
     checkpoints.close()
@@ -79,12 +80,10 @@ def test_latest_and_best_are_kept(tmp_path: Path) -> None:
     metrics = {1: float("inf"), 2: 2.5, 3: 1.0, 4: 2.5, 5: float("nan"), 6: None}
     for step, metric in metrics.items():
         checkpoints.save(step, {"x": jnp.float32(step)}, b"position \xff %d" % step, {}, metric)
-    assert checkpoints.latest_step() == 6
     assert checkpoints.best_step() == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "5", "6"]
     best = checkpoints.restore({"x": jnp.float32(0)}, step=2)
     assert best is not None and best[0]["x"] == 2 and best[1] == b"position \xff 2"
-    assert checkpoints.save(6, {"x": jnp.float32(0)}, {}, {}) is False
     checkpoints.close()
     assert TrainCheckpoints(tmp_path, keep=1).best_step() == 2
 
@@ -106,7 +105,7 @@ def test_interrupted_save_is_ignored(tmp_path: Path) -> None:
     checkpoints.close()
     for name in ("2.partial.orbax-checkpoint-tmp", "3.partial"):
         shutil.copytree(tmp_path / "1", tmp_path / name)
-    assert TrainCheckpoints(tmp_path, keep=1).latest_step() == 1
+    TrainCheckpoints(tmp_path, keep=1).close()
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
 
 
@@ -149,3 +148,43 @@ def test_diff_configs_names_every_leaf() -> None:
         "extra: not stored, now 1",
     ]
     assert diff_configs(METADATA, METADATA) == []
+
+
+def test_a_step_saved_again_is_replaced(tmp_path: Path) -> None:
+    checkpoints = TrainCheckpoints(tmp_path, keep=1)
+    checkpoints.save(1, {"x": jnp.float32(1)}, {}, {"known": False}, 2.0)
+    checkpoints.save(2, {"x": jnp.float32(2)}, {}, {"known": False})
+    assert checkpoints.best_step() == 1
+    checkpoints.save(2, {"x": jnp.float32(2)}, {}, {"known": True}, 3.0)
+    assert checkpoints.best_step() == 2 and [path.name for path in tmp_path.iterdir()] == ["2"]
+    restored = checkpoints.restore({"x": jnp.float32(0)})
+    assert restored is not None and restored[2] == {"known": True}
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("moves_done", [0, 1, 2])
+def test_a_replacement_cut_short_leaves_the_old_or_the_new_step(tmp_path: Path, monkeypatch, moves_done: int) -> None:
+    checkpoints = TrainCheckpoints(tmp_path, keep=1)
+    checkpoints.save(2, {"x": jnp.float32(2)}, {}, {"known": False})
+    moves = iter([train_state.move] * moves_done)
+
+    def move(*paths: Path) -> None:
+        done = next(moves, None)
+        if done is None:
+            raise KeyboardInterrupt
+        done(*paths)
+
+    def die(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_state, "move", move)
+        patched.setattr(train_state, "remove", die)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.save(2, {"x": jnp.float32(2)}, {}, {"known": True}, 3.0)
+    checkpoints.close()
+    again = TrainCheckpoints(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    restored = again.restore({"x": jnp.float32(0)})
+    assert restored is not None and restored[2] == {"known": moves_done == 2}
+    again.close()

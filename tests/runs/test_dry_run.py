@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from domino_jax.data.chat_template import load_tokenizer
+from domino_jax.durable import format_bytes
 from domino_jax.run_config import (
     CorpusConfig,
     DataConfig,
@@ -22,7 +23,7 @@ from domino_jax.run_config import (
     TrainConfig,
 )
 from domino_jax.runs import training_run as training_run_module
-from domino_jax.runs.dry_run import describe_folder, format_bytes, mark_row, rehearse
+from domino_jax.runs.dry_run import describe_folder, mark_row, rehearse
 from domino_jax.runs.folder import RunError, RunFolder, open_run
 from domino_jax.runs.monitor import read_rows
 from domino_jax.runs.training_run import run_training
@@ -186,10 +187,3 @@ def test_what_is_not_learned_is_marked_and_long_text_loses_its_middle(material):
     assert mark_row(tokenizer, ids, mask, with_brackets=False) == [("say alpha", False), ("beta", True)]
     ((text, _),) = mark_row(tokenizer, answer * 100, [1] * 100 * len(answer), with_brackets=True)
     assert f"... {100 * len(answer) - 80} tokens ..." in text and len(text) < 600
-
-
-@pytest.mark.parametrize(
-    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")]
-)
-def test_sizes_in_words(size, text):
-    assert format_bytes(size) == text

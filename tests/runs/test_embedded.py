@@ -16,6 +16,7 @@ from domino_jax.runs.embedded import build_target
 from domino_jax.runs.errors import RunStopped
 from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
+from tests.runs.late_stop import request_late
 
 STAGES = ("train the target:", "responses:", "train the drafter:", "report: greedy:")
 
@@ -89,6 +90,13 @@ def test_a_damaged_checkpoint_of_the_target_gives_way_to_the_one_before(build, t
     assert said[3] == "going on from step 4"
     assert (folder.target / "model.safetensors").read_bytes() == target
     assert [row["step"] for row in read_rows(folder.metrics)] == list(range(1, 9))
+
+
+def test_a_stop_that_comes_late_in_a_step_is_not_said_to_be_saved_there(build, tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded_module, "stop_requests", request_late)
+    with pytest.raises(RunStopped, match="stopped at step 2 of the target and saved"):
+        build(tmp_path)
+    assert (tmp_path / "run" / "target_checkpoints" / "2").is_dir()
 
 
 def test_chats_edited_below_the_target_are_refused(build, tmp_path):

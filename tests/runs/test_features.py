@@ -18,6 +18,7 @@ from domino_jax.config import ConfigError
 from domino_jax.data import feature_cache as feature_cache_module
 from domino_jax.data.feature_cache import FeatureCache, FeatureCacheError, read_index
 from domino_jax.data.pipeline import ChatSource
+from domino_jax.durable import format_bytes
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import features as features_module
@@ -178,20 +179,18 @@ def test_the_need_is_said_and_is_what_is_written(material, tmp_path):
     (line,) = [line for line in said if "to write" in line]
     written = sum(map(len, shard_files(tmp_path / "new").values()))
     index = source.index
-    assert f"{written / 1e9:.3g} GB to write" in line and f"0 of {NUM_SHARDS} shards are there" in line
+    assert f"{format_bytes(written)} to write" in line and f"0 of {NUM_SHARDS} shards are there" in line
     assert (
         f"({index.num_tokens} tokens x 32 values + 16 of the last hidden state in float32, 197 bytes a token)" in line
     )
     _, said = open_cache(config)
-    assert any(f"{NUM_SHARDS} of {NUM_SHARDS} shards are there, 0 GB to write" in line for line in said)
+    assert any(f"{NUM_SHARDS} of {NUM_SHARDS} shards are there, 0 B to write" in line for line in said)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_first_byte(material, tmp_path, monkeypatch):
     config = make_config(material, tmp_path, tmp_path / "a" / "new", "kl")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 300_000))
-    with pytest.raises(
-        FeatureCacheError, match=r"needs 0\.000655 GB more .* 0\.0003 GB free: 0\.000355 GB are lacking"
-    ) as e:
+    with pytest.raises(FeatureCacheError, match=r"needs 640 KiB more .* 293 KiB free: 347 KiB are lacking") as e:
         open_cache(config)
     for way_out in ("feature_dtype=bfloat16", "data.max_length", "fewer rows", "another directory", "feature_cache="):
         assert way_out in str(e.value)
@@ -234,6 +233,39 @@ def test_a_cache_of_other_rows_layers_or_weights_is_refused(material, cache, tmp
     (tuned / "model.safetensors").write_bytes(weights)
     with pytest.raises(FeatureCacheError, match=r"target\.weights: stored '\w+', now '\w+'"):
         open_cache(replace(config, target=TargetSource(str(tuned))))
+
+
+def test_float32_features_made_on_other_shapes_are_used_and_that_is_said(material, tmp_path):
+    config = make_config(material, tmp_path, tmp_path / "new")
+
+    def said_of_shapes(**data):
+        _, said = open_cache(replace(config, data=replace(config.data, **data)))
+        return [line for line in said if "instead of 1e-6" in line]
+
+    assert said_of_shapes() == said_of_shapes() == []
+    (line,) = said_of_shapes(bucket_widths=(32,))
+    assert "batches of 2 x 48 tokens, this run would compute them on 2 x 32, 2 x 48: " in line
+    (line,) = said_of_shapes(micro_steps=1)
+    assert "this run would compute them on 4 x 48: its losses agree" in line
+    damage_shard(tmp_path / "new", "deleted")
+    assert len(said_of_shapes(micro_steps=1)) == 1  # the others are as they were
+    (line,) = said_of_shapes()
+    assert "batches of 4 x 48 tokens" in line
+
+
+def test_shapes_are_not_spoken_of_where_features_are_rounded_anyway(material, tmp_path):
+    config = make_config(material, tmp_path, tmp_path / "half", feature_dtype="bfloat16")
+    open_cache(config)
+    _, said = open_cache(replace(config, data=replace(config.data, micro_steps=1)))
+    assert not any("instead of" in line for line in said)
+
+
+@pytest.mark.slow
+def test_losses_from_features_of_other_shapes_agree_to_1e_5(material, online, tmp_path):
+    cached = make_config(material, tmp_path, tmp_path / "new", bucket_widths=(24, 32))
+    open_cache(cached)
+    rows, _ = train(replace(cached, data=replace(cached.data, bucket_widths=())))
+    np.testing.assert_allclose(losses(rows), losses(online("none")[0]), rtol=1e-5, atol=0)
 
 
 def test_a_file_is_no_cache(material, tmp_path):
@@ -429,8 +461,9 @@ def test_a_training_from_the_cache_goes_on_to_the_same_bits(material, cache, tmp
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_without_its_cache_and_a_finished_one_needs_none(material, online, cache, tmp_path, monkeypatch):
-    config, log = make_config(material, tmp_path, cache, "kl"), RunMonitor.log
+def test_a_cache_may_be_moved_and_a_finished_run_needs_none(material, cache, tmp_path, monkeypatch):
+    whole_rows, _ = train(make_config(material, tmp_path / "whole", cache, "kl"))
+    config, log = make_config(material, tmp_path / "stopped", cache, "kl"), RunMonitor.log
 
     def log_and_stop(self, stage, step, values):
         log(self, stage, step, values)
@@ -441,10 +474,24 @@ def test_a_run_goes_on_without_its_cache_and_a_finished_one_needs_none(material,
         patched.setattr(RunMonitor, "log", log_and_stop)
         with pytest.raises(RunStopped):
             train(config)
-    rows, _ = train(replace(config, data=replace(config.data, feature_cache="")))
-    np.testing.assert_allclose(losses(rows), losses(online("kl")[0]), rtol=1e-6, atol=0)
-    shutil.rmtree(cache)
+    with pytest.raises(RunError, match=r"data\.feature_cache: stored 'a directory', now ''"):
+        train(replace(config, data=replace(config.data, feature_cache="")))
+    moved = cache.rename(tmp_path / "moved")
+    config = replace(config, data=replace(config.data, feature_cache=str(moved)))
+    assert train(config)[0] == whole_rows
+    shutil.rmtree(moved)
     train(config)
-    assert not cache.exists()
-    with pytest.raises(RunError, match=r"data\.feature_dtype: stored 'float32', now 'bfloat16'"):
-        train(replace(config, data=replace(config.data, feature_dtype="bfloat16")))
+    assert not moved.exists()
+
+
+@pytest.mark.slow
+def test_a_finished_run_whose_last_step_is_damaged_trains_from_its_cache(material, tmp_path):
+    config = make_config(material, tmp_path, tmp_path / "half", "kl", feature_dtype="bfloat16")
+    rows, weights = train(config)
+    (tmp_path / "run" / "checkpoints" / str(NUM_STEPS) / "state" / "_METADATA").unlink()
+    said = []
+    again, restored = train(config, said.append)
+    assert f"going on from step {NUM_STEPS - 5}" in said
+    assert again == rows
+    for name, values in weights.items():
+        np.testing.assert_array_equal(values, restored[name], err_msg=name)

@@ -1,6 +1,7 @@
 """A whole run on a target of a few thousand parameters: resume, reports, refusals."""
 
 import errno
+import functools
 import json
 import os
 import re
@@ -28,11 +29,12 @@ from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
 from domino_jax.runs.draft import TrainingError, read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
-from domino_jax.runs.folder import RunError, open_run
+from domino_jax.runs.folder import RunError, hold_run, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.provenance import describe_directory, settings_path
-from domino_jax.runs.training_run import load_target_model, run_training
+from domino_jax.runs.training_run import cache_features, load_target_model, run_training
 from domino_jax.training.step import create_train_state
+from tests.runs.late_stop import request_late
 
 
 def make_config(material, output_dir, **train) -> RunConfig:
@@ -48,6 +50,14 @@ def make_config(material, output_dir, **train) -> RunConfig:
         objective=ObjectiveConfig(num_anchors=4, head_chunk=2),
         train=TrainConfig(eval_prompts=2, eval_max_new_tokens=8, **steps),
     )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once():
+    """Let trainings of this file share their compiled steps."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(draft_module, "make_train_step", functools.cache(draft_module.make_train_step))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -170,22 +180,50 @@ def test_a_drafter_nothing_is_known_of_is_not_the_best(material, tmp_path, monke
     assert f"drafters: {tmp_path / 'run' / 'draft'} (step 6)" in capsys.readouterr().out
 
 
-def test_a_decode_that_fails_costs_its_tau_but_no_step(material, finished, tmp_path, monkeypatch, capsys):
-    def fail(*_):
-        raise RuntimeError("RESOURCE_EXHAUSTED")
+@pytest.mark.parametrize(
+    ("error", "has_logged"), [(RuntimeError("RESOURCE_EXHAUSTED"), False), (KeyboardInterrupt(), True)]
+)
+def test_a_decode_cut_short_costs_no_step_and_is_made_up_for(
+    material, finished, tmp_path, monkeypatch, capsys, error, has_logged
+):
+    """The step is stored without its tau, and the next start decodes before it trains on: all bits as undisturbed."""
+    evaluate = draft_module._Training.evaluate
+
+    def fail(self, state, step):
+        if has_logged:
+            evaluate(self, state, step)
+        raise error
 
     monkeypatch.setattr(training_run_module, "write_report", lambda *_: None)
     config = make_config(material, tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr(draft_module, "measure_tau", fail)
-        with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        patched.setattr(draft_module._Training, "evaluate", fail)
+        with pytest.raises(type(error)):
             run_training(config)
     assert "saved step 3" in capsys.readouterr().out
     run_training(config)
-    assert "going on from step 3" in capsys.readouterr().out
-    assert [row["step"] for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row["stage"] == "held_out"] == [6]
-    whole, resumed = (load_file(run / "draft_latest" / "model.safetensors") for run in (finished, tmp_path / "run"))
-    assert all(np.array_equal(values, resumed[name]) for name, values in whole.items())
+    said = capsys.readouterr().out
+    assert "going on from step 3\nstep 3 lacks its tau: decoding the held-out prompts\nsaved step 3\n" in said
+    for name in ("draft", "draft_latest"):
+        whole, resumed = (load_file(run / name / "model.safetensors") for run in (finished, tmp_path / "run"))
+        assert all(np.array_equal(values, resumed[tensor]) for tensor, values in whole.items())
+    rows = [without_clock(read_rows(run / "metrics.jsonl")) for run in (finished, tmp_path / "run")]
+    assert rows[0] == rows[1]
+    for step in ("2", "3", "6"):
+        records = [run / "checkpoints" / step / "record" / "metadata" for run in (finished, tmp_path / "run")]
+        assert records[0].exists() == records[1].exists()
+        if records[0].exists():
+            metrics = [json.loads(path.read_text())["metric"] for path in records]
+            assert metrics[0] == metrics[1]
+    run_training(config)
+    assert "lacks its tau" not in capsys.readouterr().out
+
+
+def test_a_stop_that_comes_late_in_a_step_is_not_said_to_be_saved_there(material, tmp_path, monkeypatch):
+    monkeypatch.setattr(draft_module, "stop_requests", request_late)
+    with pytest.raises(RunStopped, match="stopped at step 2 of 6 and saved"):
+        run_training(make_config(material, tmp_path, checkpoint_every=5))
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(material, tmp_path, monkeypatch):
@@ -257,6 +295,34 @@ def test_a_target_of_another_shape_below_a_run_is_refused(movable):
     shutil.copytree(root / "before", path)
 
 
+def test_other_weights_of_the_same_shapes_or_another_template_below_a_run_are_refused(movable):
+    root, config = movable
+    path = root / "material" / "target"
+    shutil.copytree(path, root / "kept")
+    target, params = load_target(str(path), "float32")
+    tuned = params | {"norm": params["norm"] * 1.5}
+    save_target(path, target, tuned)
+    with pytest.raises(
+        RunError, match=r"the target .* not those of step 2[^$]*target\.weights: stored '\w+', now '\w+'"
+    ):
+        run_training(config)
+    shutil.rmtree(path)
+    shutil.copytree(root / "kept", path)
+    (template,) = path.glob("*template*.jinja")
+    template.write_text(template.read_text() + "{# as before #}")
+    with pytest.raises(RunError, match=r"its tokenizer .*[^$]*tokenizer\.chat_template: stored '\w+', now '\w+'"):
+        run_training(config)
+    shutil.rmtree(path)
+    shutil.copytree(root / "kept", path)
+
+
+def test_a_target_that_was_moved_is_the_same(movable, capsys):
+    root, config = movable
+    shutil.copytree(root / "material" / "target", root / "elsewhere")
+    run_training(replace(config, target=TargetSource(str(root / "elsewhere"))))
+    assert "going on from step 2" in capsys.readouterr().out
+
+
 def test_a_prompt_that_was_left_out_does_not_shift_the_others(material, tmp_path):
     chats = [messages for _, messages in read_chats(material / "eval.jsonl")]
     long = [{"role": "user", "content": "alpha " * 60}, {"role": "assistant", "content": "x"}]
@@ -290,6 +356,16 @@ def test_a_finished_run_is_left_alone(material, finished):
     before = {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
     run_training(make_config(material, finished.parent))
     assert before == {path: path.stat().st_mtime_ns for path in (finished / "report").iterdir()}
+
+
+def test_a_folder_that_another_process_works_in_is_left_alone(material, tmp_path):
+    config = make_config(material, tmp_path)
+    cached = replace(config, data=replace(config.data, feature_cache=str(tmp_path / "cache")))
+    with hold_run(config) as folder:
+        for start in (lambda: run_training(config), lambda: cache_features(cached)):
+            with pytest.raises(RunError, match=f"another process works in {folder.root}"):
+                start()
+        assert sorted(path.name for path in folder.root.iterdir()) == [".lock", "config.json"]
 
 
 def test_another_configuration_is_refused_with_the_difference(material, finished):

@@ -1,5 +1,6 @@
 """Metrics on Weights & Biases: the same scalars, one W&B run a folder, nothing twice, and never the end of a run."""
 
+import errno
 import json
 import sys
 import types
@@ -8,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from domino_jax.run_config import CorpusConfig, DataConfig, DraftSettings, RunConfig, TrainConfig
+from domino_jax.runs import wandb_log as wandb_log_module
 from domino_jax.runs.folder import RunError, open_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.training_run import check_run
@@ -128,6 +130,37 @@ def test_a_start_without_network_is_told_and_goes_on(tmp_path, runs, monkeypatch
     monitor.close()
     assert len(said) == 1 and "init timed out" in said[0]
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ['{"project": "dra', "[]", '{"project": "drafters"}'])
+def test_a_damaged_record_of_what_was_sent_is_told_and_ends_no_run(tmp_path, runs, content):
+    open_run(make_config(tmp_path)).wandb.write_text(content)
+    said = []
+    monitor = start(make_config(tmp_path), said)
+    monitor.log("draft", 10, {"loss": 1.0})
+    monitor.close()
+    assert len(said) == 1 and "wandb.json" in said[0] and "the run goes on without it" in said[0]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("num_written", [0, 1])
+def test_a_disk_that_refuses_the_record_ends_no_run(tmp_path, runs, monkeypatch, num_written):
+    writes = iter([wandb_log_module.write_text] * num_written)
+
+    def write_or_fail(path, text):
+        write = next(writes, None)
+        if write is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, text)
+
+    monkeypatch.setattr(wandb_log_module, "write_text", write_or_fail)
+    said = []
+    monitor = start(make_config(tmp_path), said)
+    for step in (10, 20):
+        monitor.log("draft", step, {"loss": 1.0})
+    monitor.close()
+    assert len(said) == 1 and "No space left" in said[0]
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 2
 
 
 @pytest.mark.parametrize("module", [None, types.ModuleType("wandb")], ids=["absent", "a folder of that name"])

@@ -1,11 +1,13 @@
-"""Order of flushes and renames: content first, then the name, then the folder that holds the name."""
+"""Order of flushes and renames: content first, then the name, then the folder that holds the name. Locks and room."""
 
+import errno
 import os
+import stat
 
 import pytest
 
-from domino_jax.checkpoints import durable
-from domino_jax.checkpoints.durable import flush_tree, move, write_atomically
+from domino_jax import durable
+from domino_jax.durable import find_room, flush_tree, format_bytes, hold_lock, move, remove, write_atomically
 
 
 @pytest.fixture
@@ -61,3 +63,51 @@ def test_a_tree_is_flushed_from_the_leaves_up_and_both_folders_after_a_move(tmp_
         ("flush", "from"),
     ]
     assert (tmp_path / "to" / "4" / "part" / "file").exists()
+
+
+def test_a_file_system_that_cannot_flush_folders_is_none_to_refuse(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(durable.os, "fsync", refuse_folders)
+    with write_atomically(tmp_path / "a.txt") as file:
+        file.write(b"text")
+    assert (tmp_path / "a.txt").read_bytes() == b"text"
+
+
+def test_what_is_removed_may_be_a_file_a_folder_or_nothing(tmp_path):
+    (tmp_path / "folder" / "below").mkdir(parents=True)
+    (tmp_path / "folder" / "below" / "file").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("folder", "file", "nothing"):
+        remove(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_held_by_one_and_passed_on(tmp_path):
+    def refuse():
+        raise BlockingIOError("busy")
+
+    lock = tmp_path / ".lock"
+    with hold_lock(lock, refuse), pytest.raises(BlockingIOError, match="busy"), hold_lock(lock, refuse):
+        pytest.fail("two hold the lock")
+    with hold_lock(lock, refuse):
+        pass
+
+
+def test_room_is_that_of_the_nearest_folder(tmp_path):
+    assert find_room(tmp_path / "a" / "b")[0] == tmp_path
+    (tmp_path / "file").write_text("x")
+    there, free = find_room(tmp_path / "file")
+    assert there == tmp_path and free > 0
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (1536, "1.5 KiB"), (3 * 2**30, "3 GiB")]
+)
+def test_sizes_in_words(size, text):
+    assert format_bytes(size) == text
