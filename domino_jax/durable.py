@@ -7,6 +7,7 @@ folder that holds the name has been flushed too. Knows no file formats.
 import errno
 import os
 import shutil
+import socket
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,19 +70,27 @@ def remove(path: Path) -> None:
 
 
 @contextmanager
-def hold_lock(path: Path, on_busy: Callable[[], None]) -> Iterator[None]:
+def hold_lock(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
     """Hold the lock of a file, made if missing; it ends with the block or the process, however that ends.
 
-    Where another process has it `on_busy` is called: it raises, or returns to wait for the lock.
+    Where another process has it `on_busy` is called with that process' name: it raises, or returns to wait for the
+    lock. On Windows, which has no `flock`, nothing is held.
     """
-    import fcntl  # POSIX alone has it; the rest of the module is read by everything
-
-    with path.open("a", encoding="utf-8") as file:
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            on_busy()
+            file.seek(0)
+            on_busy(file.read() or "another process")
             fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
         yield
 
 

@@ -275,8 +275,8 @@ class FeatureCache:
     @contextmanager
     def lock(self, say: Callable[[str], None]) -> Iterator[None]:
         """Hold the right to write; wait while another process has it. It ends with the process, however that ends."""
-        waiting = f"{self.directory}: another process is filling this feature cache; waiting for it"
-        with hold_lock(self.directory / LOCK_FILE, lambda: say(waiting)):
+        waiting = f"{self.directory}: {{}} is filling this feature cache; waiting for it"
+        with hold_lock(self.directory / LOCK_FILE, lambda holder: say(waiting.format(holder))):
             yield
 
     def _open(self, shard: int) -> Any:

@@ -20,9 +20,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.checkpoints.durable import write_atomically
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, renders_as_written
 from domino_jax.data.responses import CUT_REASONS, RowError, RowReport, scan_rows, write_chats
+from domino_jax.durable import write_atomically
 from domino_jax.runs.endpoints import (
     Endpoint,
     EndpointError,

@@ -107,9 +107,9 @@ def hold_run(config: RunConfig) -> Iterator[RunFolder]:
     folder = find_run(config)
     folder.root.mkdir(parents=True, exist_ok=True)
 
-    def refuse() -> None:
+    def refuse(holder: str) -> None:
         raise RunError(
-            f"another process works in {folder.root}; wait for its end (a run that is asked to stop saves first), or "
+            f"{holder} works in {folder.root}; wait for its end (a run that is asked to stop saves first), or "
             "give this run another --config.name"
         )
 
