@@ -114,7 +114,7 @@ def test_a_second_process_is_refused_at_once_and_changes_nothing(tmp_path):
     with hold_run(config) as folder:
         before = {path: path.stat().st_mtime_ns for path in folder.root.iterdir()}
         other = replace(config, train=replace(config.train, wandb_project="other"))
-        refusal = rf"another process works in {folder.root}; wait for its end"
+        refusal = rf"process {os.getpid()} on \S+ works in {folder.root}; wait for its end"
         with pytest.raises(RunError, match=refusal), hold_run(other):
             pytest.fail("two work in one folder")
         assert before == {path: path.stat().st_mtime_ns for path in folder.root.iterdir()}
