@@ -89,11 +89,12 @@ def test_what_is_removed_may_be_a_file_a_folder_or_nothing(tmp_path):
 
 
 def test_a_lock_is_held_by_one_and_passed_on(tmp_path):
-    def refuse():
-        raise BlockingIOError("busy")
+    def refuse(holder):
+        raise BlockingIOError(holder)
 
     lock = tmp_path / ".lock"
-    with hold_lock(lock, refuse), pytest.raises(BlockingIOError, match="busy"), hold_lock(lock, refuse):
+    held = rf"^process {os.getpid()} on \S+$"
+    with hold_lock(lock, refuse), pytest.raises(BlockingIOError, match=held), hold_lock(lock, refuse):
         pytest.fail("two hold the lock")
     with hold_lock(lock, refuse):
         pass
