@@ -242,26 +242,20 @@ def build_dataset(
                 f"{path}: {num_rows} usable rows x {num_epochs} epochs do not fill one batch of {config.batch_size}; "
                 "lower data.batch_size, give more rows or more epochs"
             )
+    part = slice(process_index, None, process_count)
     if config.bucket_widths:
         plan = BucketPlan(
             source.index.lengths, (*config.bucket_widths, config.max_length), config.batch_size, seed, num_epochs
         )
         widths, counts = plan.widths, plan.num_rows_by_width
         batches = grain.MapDataset.source(plan).map(
-            lambda batch: pad_batch(
-                [source[row] for row in batch.rows[process_index::process_count].tolist()], batch.width
-            )
+            lambda batch: pad_batch([source[row] for row in batch.rows[part].tolist()], batch.width)
         )
     else:
         widths, counts = (config.max_length,), (num_rows,)
         rows = grain.MapDataset.source(source).shuffle(seed)
-        if num_batches is None:
-            rows = rows.repeat()
-        else:
-            rows = rows.repeat(math.ceil(num_epochs))[: num_batches * config.batch_size]
-        if process_count > 1:
-            rows = rows[process_index::process_count]
-        batches = rows.batch(
+        rows = rows.repeat() if num_batches is None else rows.repeat(math.ceil(num_epochs))
+        batches = (rows if num_batches is None else rows[: num_batches * config.batch_size])[part].batch(
             config.batch_size // process_count,
             drop_remainder=True,
             batch_fn=lambda rows: pad_batch(rows, config.max_length),

@@ -440,10 +440,9 @@ def test_nothing_left_is_an_error(material, cache, tmp_path):
         open_cache(config)
 
 
-@pytest.mark.slow
-def test_a_training_from_the_cache_goes_on_to_the_same_bits(material, cache, tmp_path, monkeypatch):
-    whole_rows, whole = train(make_config(material, tmp_path / "whole", cache, "kl"))
-    config, log = make_config(material, tmp_path / "stopped", cache, "kl"), RunMonitor.log
+def train_and_stop(config, monkeypatch):
+    """Ask for a stop while step 7 is logged."""
+    log = RunMonitor.log
 
     def log_and_stop(self, stage, step, values):
         log(self, stage, step, values)
@@ -454,6 +453,13 @@ def test_a_training_from_the_cache_goes_on_to_the_same_bits(material, cache, tmp
         patched.setattr(RunMonitor, "log", log_and_stop)
         with pytest.raises(RunStopped, match=r"step [78] of 20"):
             train(config)
+
+
+@pytest.mark.slow
+def test_a_training_from_the_cache_goes_on_to_the_same_bits(material, cache, tmp_path, monkeypatch):
+    whole_rows, whole = train(make_config(material, tmp_path / "whole", cache, "kl"))
+    config = make_config(material, tmp_path / "stopped", cache, "kl")
+    train_and_stop(config, monkeypatch)
     rows, resumed = train(config)
     assert rows == whole_rows
     for name, values in whole.items():
@@ -463,17 +469,8 @@ def test_a_training_from_the_cache_goes_on_to_the_same_bits(material, cache, tmp
 @pytest.mark.slow
 def test_a_cache_may_be_moved_and_a_finished_run_needs_none(material, cache, tmp_path, monkeypatch):
     whole_rows, _ = train(make_config(material, tmp_path / "whole", cache, "kl"))
-    config, log = make_config(material, tmp_path / "stopped", cache, "kl"), RunMonitor.log
-
-    def log_and_stop(self, stage, step, values):
-        log(self, stage, step, values)
-        if stage == "draft" and step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunMonitor, "log", log_and_stop)
-        with pytest.raises(RunStopped):
-            train(config)
+    config = make_config(material, tmp_path / "stopped", cache, "kl")
+    train_and_stop(config, monkeypatch)
     with pytest.raises(RunError, match=r"data\.feature_cache: stored 'a directory', now ''"):
         train(replace(config, data=replace(config.data, feature_cache="")))
     moved = cache.rename(tmp_path / "moved")
