@@ -3,10 +3,13 @@
 Plain dataclasses of numpy arrays and Python values; no jax, no behaviour beyond simple derived numbers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
+
+from domino_jax.config import SamplingConfig
 
 
 @dataclass(frozen=True)
@@ -86,3 +89,91 @@ class Generation:
 SOURCE_NAMES = ("prompt", "target", "drafted", "corrected", "bonus")
 """Who wrote a token: the prompt, the target alone (prefill or plain step), an accepted draft, the target after a
 rejected draft, the target after a fully accepted block."""
+
+FinishReason = Literal["stop", "length", "context", "cancelled", "error"]
+"""Why a served request ended: a stop id, its token budget, the model's context, its own wish, or a fault."""
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """How tokens that were seen before are made less likely, before temperature and filters.
+
+    Attributes:
+        presence: subtracted from the logit of every token of the output so far.
+        frequency: subtracted once for every time a token stands in the output so far.
+        repetition: positive logits of tokens of prompt and output are divided by it, negative ones multiplied.
+
+    Source: OpenAI API reference (presence, frequency); CTRL, arXiv 1909.05858 (repetition), as vLLM applies them.
+    """
+
+    presence: float = 0.0
+    frequency: float = 0.0
+    repetition: float = 1.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One sequence to generate.
+
+    Attributes:
+        request_id: unique among the requests an engine holds.
+        max_new_tokens: at least 1.
+        stop_ids: ids that end the text; the id itself is the last token of the output.
+        min_new_tokens: stop ids cannot be chosen before that many tokens.
+        num_top_logprobs: return each token's log-probability and those of that many most likely tokens; None: neither.
+        num_prompt_logprobs: the same for the tokens of the prompt, all but the first.
+        use_draft: False decodes this request plainly; its text is the same.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    max_new_tokens: int
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    penalties: Penalties = field(default_factory=Penalties)
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    num_top_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
+    use_draft: bool = True
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of a token in nats, from the target's logits before penalties, bias, temperature and filters.
+
+    Attributes:
+        logprob: the chosen token's own.
+        top: (id, log-probability) of the most likely tokens, in descending order.
+    """
+
+    logprob: float
+    top: Sequence[tuple[int, float]] = ()
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """What one round, or the prefill, added to a request.
+
+    Attributes:
+        token_ids: new tokens, the stop id included; empty in an event that only ends the request.
+        token_sources: one of `SOURCE_NAMES` for every new token.
+        logprobs: one entry for every new token where the request asked for them.
+        acceptance_len: accepted draft tokens + 1, cut at the budget alone; None where no round was run (prefill, end).
+        num_draft_tokens: tokens drafted in the round; 0 for a plain step.
+        prompt_logprobs: with the first event where asked for: one entry for every prompt token but the first.
+        num_cached_tokens: with the first event: prompt tokens that the prefix cache spared.
+        finish_reason: set in the last event of a request.
+        error: what went wrong, for people; set where `finish_reason` is `error`.
+    """
+
+    request_id: str
+    token_ids: Sequence[int] = ()
+    token_sources: Sequence[str] = ()
+    logprobs: Sequence[TokenLogprobs] | None = None
+    acceptance_len: int | None = None
+    num_draft_tokens: int = 0
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    num_cached_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    error: str = ""
