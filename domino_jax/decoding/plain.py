@@ -25,15 +25,25 @@ def choose_next(
     return choose_tokens(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling, noise)
 
 
-def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> DecodeState:
-    """Advance every row that is not done by one token."""
+def read_anchor(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState
+) -> tuple[Float[Array, "B 1 V"], Float[Array, "B 1 D"], DecodeState]:
+    """Run the target over each row's newest token; return its logits, last states, and `state` with the cache written.
+
+    The draft's context stays as it is.
+    """
     target = Qwen3(settings.target, dtype=jnp.dtype(settings.dtype))
     variables = {"params": params.target}
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)
     output = target.apply(variables, anchors, state.anchor_pos, state.target_cache, method=Qwen3.forward_cached)
     logits = target.apply(variables, output.hidden, method=Qwen3.logits)
+    return logits, output.hidden, state.replace(target_cache=output.cache)
+
+
+def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> DecodeState:
+    """Advance every row that is not done by one token."""
+    logits, _, state = read_anchor(settings, params, state)
     chosen = choose_next(logits, state.committed_len[:, None], state, settings)
-    state = state.replace(target_cache=output.cache)
     ones = jnp.ones_like(state.committed_len)
     return commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0]
 

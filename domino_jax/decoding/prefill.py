@@ -18,12 +18,35 @@ from domino_jax.shapes import Array, Float, Int
 CHUNK_LENGTHS = (16, 64, 256)
 """Static lengths a prompt is cut into; few, because each is compiled once for a batch and cache size."""
 
+MAX_PADDING = 32
+"""Positions past a prompt that its last chunk may write."""
+
 
 def split_into_chunks(prompt_len: int) -> list[int]:
-    """Return chunk lengths that cover `prompt_len`: the longest ones first, then the shortest that holds the rest."""
-    full, rest = divmod(prompt_len, CHUNK_LENGTHS[-1])
-    tail = [next(c for c in CHUNK_LENGTHS if c >= rest)] if rest else []
-    return [CHUNK_LENGTHS[-1]] * full + tail
+    """Return chunk lengths that cover `prompt_len`, the longest first, with less than `MAX_PADDING` to spare."""
+    short, medium, long = CHUNK_LENGTHS
+    num_long, rest = divmod(prompt_len, long)
+    num_medium, rest = divmod(rest, medium)
+    num_short = -(-rest // short)
+    if num_short > 2:  # one wider chunk costs less
+        num_medium, num_short = num_medium + 1, 0
+    return [long] * num_long + [medium] * num_medium + [short] * num_short
+
+
+def run_chunk(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, chunk_len: int, start: Int[Array, ""]
+) -> tuple[DecodeState, Float[Array, "B T D"]]:
+    """Run positions `start .. start + chunk_len - 1` of every row; return `state`, caches written, and last states."""
+    layers = settings.draft.target_layer_ids if settings.draft else ()
+    target = Qwen3(settings.target, layers, jnp.dtype(settings.dtype))
+    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start, chunk_len, axis=1)
+    starts = jnp.full_like(state.committed_len, start)
+    output = target.apply({"params": params.target}, tokens, starts, state.target_cache, method=Qwen3.forward_cached)
+    state = state.replace(target_cache=output.cache)
+    if settings.draft:
+        draft_cache = write_features(settings, params, output.features, starts, state.draft_cache)
+        state = state.replace(draft_cache=draft_cache)
+    return state, output.hidden
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=(2, 5))
@@ -41,19 +64,11 @@ def prefill_chunk(
     Returns the state with caches written and, for rows whose prompt ends in this chunk, its last hidden state.
     `state.committed_len` is the prompt length here: nothing has been generated yet.
     """
-    layers = settings.draft.target_layer_ids if settings.draft else ()
-    target = Qwen3(settings.target, layers, jnp.dtype(settings.dtype))
-    tokens = jax.lax.dynamic_slice_in_dim(state.tokens, start, chunk_len, axis=1)
-    starts = jnp.full_like(state.committed_len, start)
-    output = target.apply({"params": params.target}, tokens, starts, state.target_cache, method=Qwen3.forward_cached)
-    state = state.replace(target_cache=output.cache)
-    if settings.draft:
-        draft_cache = write_features(settings, params, output.features, starts, state.draft_cache)
-        state = state.replace(draft_cache=draft_cache)
+    state, hidden = run_chunk(settings, params, state, chunk_len, start)
     offset = state.committed_len - 1 - start
     inside = (offset >= 0) & (offset < chunk_len)
     at = jnp.clip(offset, 0, chunk_len - 1)[:, None, None]
-    ending = jnp.take_along_axis(output.hidden, at, axis=1)[:, 0]
+    ending = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
     return state, jnp.where(inside[:, None], ending, last_hidden)
 
 

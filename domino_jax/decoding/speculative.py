@@ -137,8 +137,8 @@ def _roll_out_head(
 
 def verify_block(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, drafts: Int[Array, "B P"]
-) -> tuple[Float[Array, "B W V"], DecodeState]:
-    """Run the target once over anchor and drafts; return its logits and the state with both caches written."""
+) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], DecodeState]:
+    """Run the target once over anchor and drafts; return its logits, last states, and `state` with caches written."""
     draft = settings.draft
     target = Qwen3(settings.target, draft.target_layer_ids, jnp.dtype(settings.dtype))
     variables = {"params": params.target}
@@ -152,7 +152,7 @@ def verify_block(
     )
     draft_cache = write_features(settings, params, output.features, state.anchor_pos, state.draft_cache)
     logits = target.apply(variables, output.hidden, method=Qwen3.logits)
-    return logits, state.replace(target_cache=output.cache, draft_cache=draft_cache)
+    return logits, output.hidden, state.replace(target_cache=output.cache, draft_cache=draft_cache)
 
 
 def write_features(
@@ -188,7 +188,7 @@ def run_round(
     `propose` drafts; whatever it returns, the committed text follows the target.
     """
     proposal = propose(settings, params, state)
-    logits, state = verify_block(settings, params, state, proposal.tokens)
+    logits, _, state = verify_block(settings, params, state, proposal.tokens)
     num_accepted, next_token = accept_block(settings, state, proposal, logits)
     num_drafts = proposal.tokens.shape[1]
     index = jnp.arange(num_drafts + 1)

@@ -87,7 +87,7 @@ def test_block_sees_nothing_from_its_anchor_on(after_rounds):
     @jax.jit
     def draft(state):
         proposal = propose_block(settings, decoder.params, state)
-        logits, _ = verify_block(settings, decoder.params, state, proposal.tokens)
+        logits, _, _ = verify_block(settings, decoder.params, state, proposal.tokens)
         return backbone_block(settings, decoder.params, state)[1], proposal.tokens, logits
 
     anchor = state.anchor_pos[:, None]

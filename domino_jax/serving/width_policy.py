@@ -1,0 +1,63 @@
+"""Which block size the next rounds use: the one that is expected to give most tokens a second at the present load.
+
+The cost of a round is measured at warm-up; what a round brings is known from how far drafts survived in past rounds.
+The choice never looks at the tokens it decides about, so it changes how fast a text comes and not which.
+Standard library only.
+"""
+
+from collections.abc import Mapping, Sequence
+
+_SURVIVAL_START = 0.8
+"""A fresh drafter is taken to keep each further token with this chance: high, so that it gets tried."""
+_RATE = 0.01
+"""Weight of one row's round in the running means of survival."""
+_FORGETTING = 0.001
+"""Share of the way back to the start that the means go in a plain round, in which nothing is learned."""
+_ADVANTAGE_TO_LEAVE_PLAIN = 1.02
+"""Drafting has to promise that much more than plain decoding to begin: each row's context must be caught up first."""
+
+
+class WidthPolicy:
+    """Running means of how many drafts survive.
+
+    Attributes:
+        survival: for k = 1 ..: chance that at least k drafts of a block are accepted.
+    """
+
+    def __init__(self, num_draft_tokens: Mapping[int, int]) -> None:
+        """Take the tokens drafted by each block size; 1 is plain decoding and drafts none."""
+        self._num_drafts = dict(num_draft_tokens)
+        self._start = [_SURVIVAL_START**k for k in range(1, max(self._num_drafts.values()) + 1)]
+        self.survival = list(self._start)
+        self._last = max(self._num_drafts)
+
+    def expected_tokens(self, block_size: int) -> float:
+        """Return the tokens a drafted-for row commits in a round, the target's own token counted."""
+        return 1 + sum(self.survival[: self._num_drafts[block_size]])
+
+    def choose(self, round_s: Mapping[int, float], num_drafted: int, num_plain: int) -> int:
+        """Return the block size for rounds of `num_drafted` rows that are drafted for and `num_plain` that are not.
+
+        `round_s` holds the seconds of a round for every block size.
+        """
+        if num_drafted == 0:
+            return 1
+
+        def tokens_per_s(block_size: int) -> float:
+            return (num_drafted * self.expected_tokens(block_size) + num_plain) / round_s[block_size]
+
+        best = max(round_s, key=lambda size: (tokens_per_s(size), size))
+        if self._last == 1 and best != 1 and tokens_per_s(best) < _ADVANTAGE_TO_LEAVE_PLAIN * tokens_per_s(1):
+            best = 1
+        self._last = best
+        return best
+
+    def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
+        """Learn from the drafts accepted by every drafted-for row of a round."""
+        num_drafts = self._num_drafts[block_size]
+        if num_drafts == 0:
+            self.survival = [s + _FORGETTING * (start - s) for s, start in zip(self.survival, self._start, strict=True)]
+            return
+        for accepted in num_accepted:
+            for k in range(num_drafts):
+                self.survival[k] += _RATE * ((accepted > k) - self.survival[k])
