@@ -13,6 +13,9 @@ strings and as suffixes of local names:
     R  GRU width                       E  rank of the head's correction
     W  positions of one verify pass (drafted tokens + 1)
 
+Tests check the shapes of every call. Pytrees that are compiled ahead of time opt out of a check of their fields
+(`no_type_check`): jax fills copies of them with shapes, flags and other placeholders.
+
 Nothing here knows about models, files or devices.
 """
 

@@ -7,6 +7,8 @@ business.
 Source: block-hashed prefix caching of vLLM.
 """
 
+from typing import no_type_check
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from domino_jax.ops.kv_cache import KVCache
 from domino_jax.shapes import Array, Bool, Int
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class PrefixPool:
     """Keys and values by block: caches whose rows are blocks; `draft` is None without a drafter."""

@@ -10,7 +10,7 @@ A row that failed or is free takes no part. It still computes something, which n
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, no_type_check
 
 import flax.struct
 import jax
@@ -46,6 +46,7 @@ MAX_TOP_LOGPROBS = 20
 """Most likely tokens that are scored beside the chosen one. Source: the limit of the OpenAI API."""
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class SlotState:
     """What a batch of slots carries from call to call; donated to each call and returned by it.
@@ -65,6 +66,7 @@ class SlotState:
     has_failed: Bool[Array, " B"]
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class CallResult:
     """What one device call did, row by row.

@@ -6,7 +6,7 @@ so stop ids, token budget and context limit mean the same in both.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, no_type_check
 
 import flax.struct
 import jax.numpy as jnp
@@ -49,6 +49,7 @@ class DecodeSettings:
         return self.draft.num_draft_tokens(self.block_size) if self.draft else 0
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class ModelParams:
     """Parameters of both models; `draft` is None for plain decoding."""
@@ -57,6 +58,7 @@ class ModelParams:
     draft: Params | None = None
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class DecodeState:
     """Everything a batch carries; donated to each loop and returned by it.

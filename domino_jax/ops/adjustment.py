@@ -7,6 +7,8 @@ Source: OpenAI API reference (bias, presence and frequency penalty); CTRL, arXiv
 order bias, repetition, frequency, presence is vLLM's.
 """
 
+from typing import no_type_check
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 from domino_jax.shapes import Array, Bool, Float, Int
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class Adjustment:
     """Settings and counts of each row; see `domino_jax.records.Penalties` for the meaning of the penalties.

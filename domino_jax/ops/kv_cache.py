@@ -5,6 +5,8 @@ committed length, so a rejected entry is overwritten later and never erased.
 Layers are separate arrays in tuples because a stacked cache is copied by `scan`.
 """
 
+from typing import no_type_check
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from domino_jax.shapes import Array, Float, Int
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class KVCache:
     """Keys and values of every layer at every position.

@@ -7,7 +7,7 @@ Source: the Gumbel-max trick (argmax of logits plus Gumbel noise is a softmax sa
 Hugging Face transformers and vLLM (temperature, top-k, top-p, min-p).
 """
 
-from typing import Literal
+from typing import Literal, no_type_check
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ Purpose = Literal["choice", "draft", "accept", "residual"]
 _PURPOSE_IDS: dict[str, int] = {"choice": 0, "draft": 1, "accept": 2, "residual": 3}
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class SamplingParams:
     """Per-row sampling settings; see `domino_jax.config.SamplingConfig` for their meaning and ranges."""

@@ -1,5 +1,7 @@
 """Log-probabilities of tokens, and the most likely ones beside them, from a model's raw logits."""
 
+from typing import no_type_check
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from domino_jax.shapes import Array, Float, Int
 
 
+@no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class Scores:
     """Log-probabilities in nats at each position.

@@ -23,6 +23,8 @@ class EngineConfig:
         max_model_len: tokens of prompt and output together; None: the model's context.
         block_sizes: slots of a block the engine may choose from, plain decoding (1) always among them; None: the
             drafter's own and half of it. One block size other than 1 alone, with `is_adaptive` False, is always used.
+        batch_sizes: numbers of rows that are compiled, besides `max_slots`; None: as `plan_ladders` says. Fewer start
+            sooner and serve light loads slower.
         is_adaptive: choose among the block sizes by load; False: always the widest.
         rounds_per_call: rounds of a device call while nobody waits for a prefill.
         prefill_tokens_per_call: prompt tokens run between two calls while others are being served.
@@ -37,6 +39,7 @@ class EngineConfig:
     max_waiting: int = 256
     max_model_len: int | None = None
     block_sizes: tuple[int, ...] | None = None
+    batch_sizes: tuple[int, ...] | None = None
     is_adaptive: bool = True
     rounds_per_call: int = 4
     prefill_tokens_per_call: int = 256
@@ -46,6 +49,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("max_slots", "rounds_per_call", "prefill_tokens_per_call", "prefix_block_len"):
             require(getattr(self, name) >= 1, f"{name} is {getattr(self, name)}; it must be 1 or more")
+        for rows in self.batch_sizes or ():
+            require(
+                1 <= rows <= self.max_slots, f"batch_sizes has {rows}; 1 .. max_slots ({self.max_slots}) are allowed"
+            )
         require(self.max_waiting >= 0, f"max_waiting is {self.max_waiting}; it must be 0 or more")
         require(
             self.max_model_len is None or self.max_model_len >= 2,
@@ -106,15 +113,14 @@ def plan_ladders(config: EngineConfig, target: TargetConfig, draft: DraftConfig 
         positions.append(step)
         step *= _CONTEXT_FACTOR
     factor = 2 if jax.default_backend() == "cpu" else 4
-    rows, num_rows = {config.max_slots}, 1
-    while num_rows < config.max_slots:
-        rows.add(num_rows)
-        num_rows *= factor
+    rows = config.batch_sizes or [
+        factor**i for i in range(config.max_slots.bit_length()) if factor**i < config.max_slots
+    ]
     cached = config.prefix_cache_tokens
     if cached is None:
         cached = config.max_slots * longest // 2
     return Ladders(
-        rows=tuple(sorted(rows)),
+        rows=tuple(sorted({*rows, config.max_slots})),
         positions=tuple(sorted(set(positions))),
         block_sizes=block_sizes,
         max_rounds=config.rounds_per_call,

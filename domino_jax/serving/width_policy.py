@@ -33,7 +33,7 @@ class WidthPolicy:
 
     def expected_tokens(self, block_size: int) -> float:
         """Return the tokens a drafted-for row commits in a round, the target's own token counted."""
-        return 1 + sum(self.survival[: self._num_drafts[block_size]])
+        return 1.0 + sum(self.survival[: self._num_drafts[block_size]])
 
     def choose(self, round_s: Mapping[int, float], num_drafted: int, num_plain: int) -> int:
         """Return the block size for rounds of `num_drafted` rows that are drafted for and `num_plain` that are not.
