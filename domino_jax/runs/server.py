@@ -1,0 +1,236 @@
+"""Join target, drafter, engine and API into one server.
+
+In: what the command line asked for. Out: a running server, or one sentence why it cannot run. Sizes come from the
+checkpoints' configurations: a server that does not fit is refused before a weight is read.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from transformers import PreTrainedTokenizerBase
+
+from domino_jax.checkpoints.config_json import parse_draft_config
+from domino_jax.checkpoints.huggingface import (
+    CONFIG_FILE,
+    check_draft_fits,
+    draft_table,
+    load_draft,
+    load_target,
+    read_target_config,
+    resolve_directory,
+    target_table,
+)
+from domino_jax.checkpoints.safetensors_io import read_json_object
+from domino_jax.config import ConfigError, DraftConfig, SamplingConfig, TargetConfig, require
+from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.decoding.state import DecodeSettings, ModelParams
+from domino_jax.run_config import RunConfig
+from domino_jax.runs.folder import RunError, RunFolder
+from domino_jax.runs.training_run import find_target
+from domino_jax.serving.api import create_app
+from domino_jax.serving.engine import SlotEngine
+from domino_jax.serving.engine_config import EngineConfig, plan_ladders
+from domino_jax.serving.http_server import run_server
+from domino_jax.serving.memory_plan import MemoryPlan, find_memory_limit, plan_memory, require_fit
+from domino_jax.serving.settings import ApiSettings
+from domino_jax.serving.text_codec import ByteLevelCodec
+
+_USUAL_SLOTS = (32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server serves and how.
+
+    Attributes:
+        target: directory or hub id.
+        draft: the same; None: plain decoding.
+        model_id: name in the API; None: the last part of the target's path.
+        max_slots: sequences that run at once; None: as many of 32 as fit.
+        memory_fraction: part of the device's memory that may be used.
+        engine: the rest of the engine's settings.
+        api: settings of the API; its `model_id` and `default_sampling` are replaced.
+    """
+
+    target: str
+    draft: str | None = None
+    model_id: str | None = None
+    dtype: str = "float32"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_slots: int | None = None
+    memory_fraction: float = 0.9
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    api: ApiSettings = field(default_factory=lambda: ApiSettings(model_id="model"))
+
+
+def find_pair(config: RunConfig) -> tuple[str, str]:
+    """Return the target and the drafter of a finished run.
+
+    Raises:
+        RunError: the run has no drafter yet.
+    """
+    folder = RunFolder(Path(config.output_dir) / config.name)
+    if not folder.best_draft.is_dir():
+        raise RunError(
+            f"{folder.root} holds no drafter: the run is not finished; run python train.py with the same --config "
+            "first, or give --target and --draft"
+        )
+    return find_target(config, folder), str(folder.best_draft)
+
+
+def find_newest_pair(output_dir: Path) -> tuple[str, str]:
+    """Return target and drafter of the newest finished run that built its own target.
+
+    Raises:
+        RunError: there is none.
+    """
+    found = [
+        folder
+        for folder in map(RunFolder, sorted(output_dir.glob("*")))
+        if folder.best_draft.is_dir() and (folder.target / CONFIG_FILE).is_file()
+    ]
+    if not found:
+        raise RunError(
+            f"nothing to serve: no finished run in {output_dir}/. Train the embedded default first (python train.py "
+            "--config configs/tiny.py, minutes), name a run with --config, or give --target and --draft"
+        )
+    newest = max(found, key=lambda folder: folder.best_draft.stat().st_mtime)
+    return str(newest.target), str(newest.best_draft)
+
+
+def read_default_sampling(directory: Path) -> SamplingConfig:
+    """Return how a target samples where a request does not say: as its `generation_config.json`, else temperature 1.
+
+    Raises:
+        ConfigError: the file holds values that cannot be used.
+        CheckpointError: it is no JSON object.
+    """
+    file = directory / "generation_config.json"
+    raw = read_json_object(file) if file.is_file() else {}
+    if raw.get("do_sample") is False:
+        return SamplingConfig()
+    known = {name: raw[name] for name in ("temperature", "top_k", "top_p", "min_p") if raw.get(name) is not None}
+    try:
+        return SamplingConfig(**{"temperature": 1.0, **known})
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{file}: {error}") from error
+
+
+def make_codec(tokenizer: PreTrainedTokenizerBase, directory: str) -> ByteLevelCodec:
+    """Return the API's view of a target's tokenizer.
+
+    Raises:
+        TextCodecError: the tokenizer is not a byte-level one.
+        ChatTemplateError: no token ends a text.
+    """
+
+    def render(messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> str:
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=True,
+            **{"enable_thinking": False, **template_kwargs},
+        )
+        assert isinstance(rendered, str)
+        return rendered
+
+    return ByteLevelCodec(tokenizer.backend_tokenizer, render, find_stop_ids(tokenizer, directory))
+
+
+def serve(options: ServerOptions) -> int:
+    """Serve until a signal or a fault ends the server; return the exit status.
+
+    Raises:
+        ConfigError: the options do not fit each other or the machine.
+        CheckpointError, ChatTemplateError, TextCodecError: a model or its tokenizer cannot be used.
+    """
+    directory = resolve_directory(options.target)
+    target, _ = read_target_config(str(directory))
+    draft, draft_directory = None, None
+    if options.draft is not None:
+        draft_directory = resolve_directory(options.draft)
+        file = draft_directory / CONFIG_FILE
+        draft = parse_draft_config(read_json_object(file), str(file))
+        check_draft_fits(draft, target)
+    codec = make_codec(load_tokenizer(str(directory)), str(directory))
+    config, plan = size_engine(options, target, draft)
+    print(f"memory ({config.max_slots} slots):", *plan.lines(), sep="\n", flush=True)
+
+    def load() -> ModelParams:
+        _, target_params = load_target(str(directory), options.dtype)
+        loaded = load_draft(str(draft_directory), options.dtype) if draft_directory else None
+        return ModelParams(target_params, loaded.params if loaded else None)
+
+    engine = SlotEngine(target, draft, load, config, options.dtype)
+    settings = replace(
+        options.api,
+        model_id=options.model_id or directory.resolve().name,
+        default_sampling=read_default_sampling(directory),
+    )
+    print(
+        f"serving {settings.model_id} on http://{options.host}:{options.port} (ready when /ready answers 200)",
+        flush=True,
+    )
+    return run_server(create_app(engine, codec, settings), options.host, options.port)
+
+
+def size_engine(
+    options: ServerOptions, target: TargetConfig, draft: DraftConfig | None
+) -> tuple[EngineConfig, MemoryPlan]:
+    """Return the engine's settings with its number of slots, and what it needs.
+
+    Raises:
+        ConfigError: it does not fit the memory; the message says what would.
+    """
+    limit = find_memory_limit(options.memory_fraction)
+    itemsize = jnp.dtype(options.dtype).itemsize
+    target_bytes = itemsize * sum(prod(row.shape) for row in target_table(target))
+    draft_bytes = itemsize * sum(prod(row.shape) for row in draft_table(draft)) if draft else 0
+
+    def plan(config: EngineConfig) -> MemoryPlan:
+        settings = DecodeSettings(target=target, draft=draft, dtype=options.dtype)
+        return plan_memory(settings, plan_ladders(config, target, draft), target_bytes, draft_bytes)
+
+    def with_slots(num_slots: int) -> EngineConfig:
+        return replace(options.engine, max_slots=num_slots)
+
+    if options.max_slots is None:
+        for num_slots in _USUAL_SLOTS:
+            if plan(with_slots(num_slots)).total_bytes <= limit:
+                return with_slots(num_slots), plan(with_slots(num_slots))
+    config = with_slots(options.max_slots or 1)
+
+    def advise() -> str:
+        fitting = [n for n in _USUAL_SLOTS if n < config.max_slots and plan(with_slots(n)).total_bytes <= limit]
+        if fitting:
+            return f"--max-slots {fitting[0]} would fit; so may a smaller --max-model-len or --prefix-cache-tokens 0"
+        length = config.max_model_len or target.max_position_embeddings
+        while length > 256:
+            length //= 2
+            if plan(replace(config, max_model_len=length)).total_bytes <= limit:
+                return f"--max-model-len {length} would fit with {config.max_slots} slots; so may fewer --max-slots"
+        return "not even one short sequence fits beside the weights; use --dtype bfloat16 or a larger device"
+
+    require_fit(plan(config), limit, advise)
+    return config, plan(config)
+
+
+def use_compilation_cache(directory: str) -> None:
+    """Keep compiled programs in a directory, so that the next start finds them; `none`: do not."""
+    if directory == "none":
+        return
+    path = Path(directory).expanduser()
+    require(
+        not path.exists() or (path.is_dir() and os.access(path, os.W_OK)),
+        f"--compilation-cache {directory} is not a directory that can be written; give another one, or none",
+    )
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)

@@ -1,0 +1,125 @@
+"""Serve a target with its drafter over an OpenAI-compatible API.
+
+    python serve.py --target DIR_OR_ID --draft DIR_OR_ID
+    python serve.py --config configs/tiny.py        (the pair of a finished run)
+    python serve.py                                 (the newest finished run of the embedded default)
+
+Without --draft beside --target decoding is plain. The server listens at once, compiles, and takes requests when /ready
+answers 200. SIGTERM lets open requests end.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from domino_jax.config_flags import parse_command_line
+from domino_jax.runs.errors import explain_or_raise
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a command line; a wrong one ends the program with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="serve.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    models = parser.add_argument_group("models")
+    models.add_argument("--target", help="Hugging Face directory or hub id of the target")
+    models.add_argument("--draft", help="the same of the drafter")
+    models.add_argument("--config", help="configuration file of a finished run, whose pair is served")
+    models.add_argument("--served-model-name", help="name in the API; the target directory's by default")
+    models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    http = parser.add_argument_group("HTTP")
+    http.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is reachable from this machine alone")
+    http.add_argument("--port", type=int, default=8000)
+    http.add_argument(
+        "--api-key", action="append", default=[], help="may be repeated; else DOMINO_API_KEY, with commas"
+    )
+    http.add_argument("--cors-origin", action="append", default=[], help="web origin that may call the API; repeatable")
+    http.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS")
+    http.add_argument("--drain-grace", type=float, default=30.0, metavar="SECONDS", help="after SIGTERM")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--max-slots", type=int, help="sequences that run at once; as many of 32 as fit by default")
+    engine.add_argument("--max-waiting", type=int, default=256, help="requests that may wait for a slot")
+    engine.add_argument("--max-model-len", type=int, help="tokens of prompt and output; the model's context by default")
+    engine.add_argument("--block-sizes", type=_numbers, help="widths to choose from by load, as 16,8; 1 is plain")
+    engine.add_argument("--block-size", type=int, help="always this width, whatever the load; 1 is plain decoding")
+    engine.add_argument("--batch-sizes", type=_numbers, help="row counts to compile; fewer start sooner")
+    engine.add_argument("--rounds-per-call", type=int, default=4)
+    engine.add_argument(
+        "--prefill-tokens", type=int, default=256, help="prompt tokens run between two calls under load"
+    )
+    engine.add_argument("--prefix-cache-tokens", type=int, help="0 turns it off; half of the slots' own by default")
+    engine.add_argument("--memory-fraction", type=float, default=0.9, help="part of the device's memory to use")
+    engine.add_argument("--compilation-cache", default="~/.cache/domino_jax/xla", help="directory, or none")
+    args = parser.parse_args(arguments)
+    if args.config and (args.target or args.draft):
+        parser.error("give --config or --target/--draft, not both")
+    if args.draft and not args.target:
+        parser.error("--draft needs --target, the model it was trained for")
+    if args.block_size and args.block_sizes:
+        parser.error("give --block-size or --block-sizes, not both")
+    return args
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas between") from None
+
+
+def _run(args: argparse.Namespace) -> int:
+    # Imported after the command line is read: jax takes seconds.
+    from domino_jax.serving.settings import ApiSettings
+
+    from domino_jax.runs import server
+    from domino_jax.serving.engine_config import EngineConfig
+
+    server.use_compilation_cache(args.compilation_cache)
+    if args.target:
+        target, draft = args.target, args.draft
+    elif args.config:
+        target, draft = server.find_pair(parse_command_line(["--config", args.config]).config)
+    else:
+        target, draft = server.find_newest_pair(Path("runs"))
+    keys = args.api_key or [key for key in os.environ.get("DOMINO_API_KEY", "").split(",") if key]
+    options = server.ServerOptions(
+        target=target,
+        draft=draft,
+        model_id=args.served_model_name,
+        dtype=args.dtype,
+        host=args.host,
+        port=args.port,
+        max_slots=args.max_slots,
+        memory_fraction=args.memory_fraction,
+        engine=EngineConfig(
+            max_waiting=args.max_waiting,
+            max_model_len=args.max_model_len,
+            block_sizes=(args.block_size,) if args.block_size else args.block_sizes,
+            batch_sizes=args.batch_sizes,
+            is_adaptive=args.block_size is None,
+            rounds_per_call=args.rounds_per_call,
+            prefill_tokens_per_call=args.prefill_tokens,
+            prefix_cache_tokens=args.prefix_cache_tokens,
+        ),
+        api=ApiSettings(
+            model_id="model",
+            api_keys=tuple(keys),
+            cors_origins=tuple(args.cors_origin),
+            request_timeout_s=args.request_timeout,
+            drain_grace_s=args.drain_grace,
+        ),
+    )
+    return server.serve(options)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve as a command line asks; return 0, 1 where the engine failed, or 2 with one sentence where it cannot run."""
+    args = parse_arguments(arguments)
+    status = []
+    mistake = explain_or_raise(lambda: status.append(_run(args)))
+    return mistake or status[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
