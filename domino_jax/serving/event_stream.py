@@ -1,0 +1,83 @@
+"""Server-sent events of a generation, and the watch for clients that leave."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from domino_jax.serving.answer import Answer
+from domino_jax.serving.answer_json import AnswerForm, to_text
+from domino_jax.serving.errors import ApiError
+
+_HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+@contextlib.asynccontextmanager
+async def watch_disconnect(receive: Receive, answer: Answer) -> AsyncIterator[None]:
+    """End `answer` when its client goes away while the block runs; the body must have been read."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        answer.inbox.end("disconnected")
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watcher
+
+
+class EventStream(Response):
+    """Streams an answer; whatever ends the stream, nothing of it runs on in the engine."""
+
+    def __init__(self, answer: Answer, form: AnswerForm, write_timeout_s: float) -> None:
+        """Stream `answer`, which has been submitted."""
+        super().__init__(headers=_HEADERS)
+        del self.headers["content-length"]
+        self._answer, self._form, self._write_timeout_s = answer, form, write_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        answer = self._answer
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async with watch_disconnect(receive, answer):
+                async for text in self._write():
+                    await self._send(send, text)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            answer.close("disconnected")
+
+    async def _send(self, send: Send, text: str) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout_s):
+                await send({"type": "http.response.body", "body": text.encode("utf-8"), "more_body": True})
+        except TimeoutError:
+            self._answer.close("slow_reader")
+            raise
+
+    async def _write(self) -> AsyncIterator[str]:
+        answer, form = self._answer, self._form
+        try:
+            async for batch in answer.deltas():
+                if not batch:
+                    yield ": keep-alive\n\n"
+                    continue
+                is_end = answer.is_finished
+                last = len(batch) - 1
+                yield "".join(
+                    f"data: {form.write_chunk(choice, delta, is_end and i == last)}\n\n"
+                    for i, (choice, delta) in enumerate(batch)
+                )
+        except ApiError as error:
+            if error.status != 499:
+                yield f"data: {to_text(error.to_json())}\n\n"
+            return
+        if answer.plan.include_usage:
+            yield f"data: {form.write_usage_chunk()}\n\n"
+        yield "data: [DONE]\n\n"
