@@ -5,7 +5,7 @@ Chunks are joined from strings that are encoded once, because a busy server writ
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from domino_jax.records import TokenLogprobs
 from domino_jax.serving.answer import Answer
@@ -13,6 +13,7 @@ from domino_jax.serving.choice import Choice, ChoiceDelta
 from domino_jax.serving.logprobs_json import chat_logprobs, completion_logprobs
 
 
+@runtime_checkable
 class AnswerForm(Protocol):
     """How an answer is written."""
 

@@ -2,24 +2,29 @@
 
 import asyncio
 import contextlib
+import logging
 import secrets
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 import domino_jax
 from domino_jax.serving.answer import Answer, unavailable
 from domino_jax.serving.answer_json import AnswerForm, ChatForm, CompletionForm, to_text
+from domino_jax.serving.api_description import describe_answers, describe_api, describe_body_route
 from domino_jax.serving.body_reader import BodyReader
 from domino_jax.serving.contract import Engine
 from domino_jax.serving.errors import ApiError, shorten
 from domino_jax.serving.event_router import EventRouter
 from domino_jax.serving.event_stream import EventStream, watch_disconnect
 from domino_jax.serving.http_guard import HttpGuard
+from domino_jax.serving.json_log import log_event
 from domino_jax.serving.metrics import ServerMetrics
 from domino_jax.serving.page_policy import make_policy, read_page
 from domino_jax.serving.request_plan import Planner, Prompt, RequestPlan, check_ids, messages_for_template
@@ -30,8 +35,21 @@ from domino_jax.serving.request_types import (
     Message,
     TokenizeBody,
 )
+from domino_jax.serving.response_types import (
+    ChatAnswer,
+    ChatChunk,
+    CompletionAnswer,
+    CompletionChunk,
+    DetokenizeAnswer,
+    ModelCard,
+    ModelList,
+    StatusAnswer,
+    TokenizeAnswer,
+)
 from domino_jax.serving.settings import ApiSettings
 from domino_jax.serving.text_codec import TextCodec
+
+_STOP_TIMEOUT_S = 10.0
 
 
 def create_app(engine: Engine, codec: TextCodec, settings: ApiSettings) -> FastAPI:
@@ -48,6 +66,7 @@ def create_app(engine: Engine, codec: TextCodec, settings: ApiSettings) -> FastA
         lifespan=lambda app: service.run(),
     )
     app.state.service = service
+    app.openapi = lambda: describe_api(app, bool(settings.api_keys))
     service.add_routes(app)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
@@ -90,7 +109,17 @@ class Service:
         try:
             yield
         finally:
-            await asyncio.to_thread(self.engine.stop)
+            await self._stop_engine()
+
+    async def _stop_engine(self) -> None:
+        # A thread of its own that nobody waits for: a device call that hangs must not keep the process alive.
+        stopper = threading.Thread(target=self.engine.stop, name="engine-stop", daemon=True)
+        stopper.start()
+        ends_s = time.monotonic() + _STOP_TIMEOUT_S
+        while stopper.is_alive() and time.monotonic() < ends_s:
+            await asyncio.sleep(0.01)
+        if stopper.is_alive():
+            log_event("engine_hangs", level=logging.ERROR, waited_s=_STOP_TIMEOUT_S)
 
     def drain(self) -> None:
         """Take no further requests."""
@@ -103,16 +132,18 @@ class Service:
 
     def add_routes(self, app: FastAPI) -> None:
         """Add every route."""
-        app.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        app.add_api_route("/v1/completions", self.complete, methods=["POST"])
-        app.add_api_route("/v1/models", self.list_models, methods=["GET"])
-        app.add_api_route("/v1/models/{model:path}", self.show_model, methods=["GET"])
-        app.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        app.add_api_route("/detokenize", self.detokenize, methods=["POST"])
-        app.add_api_route("/health", self.health, methods=["GET"])
-        app.add_api_route("/ready", self.ready, methods=["GET"])
-        app.add_api_route("/metrics", self.show_metrics, methods=["GET"])
-        app.add_api_route("/", self.page, methods=["GET"], include_in_schema=False)
+        chat = describe_body_route(ChatBody, ChatAnswer, ChatChunk)
+        completion = describe_body_route(CompletionBody, CompletionAnswer, CompletionChunk)
+        app.post("/v1/chat/completions", **chat)(self.chat)
+        app.post("/v1/completions", **completion)(self.complete)
+        app.get("/v1/models", responses=describe_answers(ModelList))(self.list_models)
+        app.get("/v1/models/{model:path}", responses=describe_answers(ModelCard, 404))(self.show_model)
+        app.post("/tokenize", **describe_body_route(TokenizeBody, TokenizeAnswer))(self.tokenize)
+        app.post("/detokenize", **describe_body_route(DetokenizeBody, DetokenizeAnswer))(self.detokenize)
+        app.get("/health", responses=describe_answers(StatusAnswer, 503))(self.health)
+        app.get("/ready", responses=describe_answers(StatusAnswer, 503))(self.ready)
+        app.get("/metrics", response_class=PlainTextResponse, responses=describe_answers(None))(self.show_metrics)
+        app.get("/", include_in_schema=False)(self.page)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat."""
@@ -197,7 +228,7 @@ class Service:
         form: AnswerForm = form_type(answer)
         answer.submit()
         if plan.streams:
-            return EventStream(answer, form, self.settings.write_timeout_s)
+            return EventStream(answer, form)
         try:
             async with watch_disconnect(request.receive, answer):
                 async for _ in answer.deltas():

@@ -35,11 +35,11 @@ async def watch_disconnect(receive: Receive, answer: Answer) -> AsyncIterator[No
 class EventStream(Response):
     """Streams an answer; whatever ends the stream, nothing of it runs on in the engine."""
 
-    def __init__(self, answer: Answer, form: AnswerForm, write_timeout_s: float) -> None:
+    def __init__(self, answer: Answer, form: AnswerForm) -> None:
         """Stream `answer`, which has been submitted."""
         super().__init__(headers=_HEADERS)
         del self.headers["content-length"]
-        self._answer, self._form, self._write_timeout_s = answer, form, write_timeout_s
+        self._answer, self._form = answer, form
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -48,18 +48,10 @@ class EventStream(Response):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async with watch_disconnect(receive, answer):
                 async for text in self._write():
-                    await self._send(send, text)
+                    await send({"type": "http.response.body", "body": text.encode("utf-8"), "more_body": True})
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
             answer.close("disconnected")
-
-    async def _send(self, send: Send, text: str) -> None:
-        try:
-            async with asyncio.timeout(self._write_timeout_s):
-                await send({"type": "http.response.body", "body": text.encode("utf-8"), "more_body": True})
-        except TimeoutError:
-            self._answer.close("slow_reader")
-            raise
 
     async def _write(self) -> AsyncIterator[str]:
         answer, form = self._answer, self._form

@@ -42,7 +42,7 @@ class HttpGuard:
         arrived_s = time.monotonic()
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         given = headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        request_id = given if _REQUEST_ID.fullmatch(given) else new_request_id()
         record: dict[str, Any] = {}
         scope.setdefault("state", {}).update(request_id=request_id, arrived_s=arrived_s, record=record)
         status = 0
@@ -72,6 +72,9 @@ class HttpGuard:
             log_event("request", **line, **record, duration_s=duration_s)
 
     def _check(self, scope: Scope, headers: Mapping[str, str]) -> ApiError | None:
+        limit = self._settings.max_header_bytes
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > limit or len(scope["raw_path"]) > limit:
+            return ApiError(431, f"the request's head is larger than {limit} bytes", headers={"Connection": "close"})
         is_preflight = scope["method"] == "OPTIONS" and bool(self._settings.cors_origins)
         if not self._keys or scope["path"] in _OPEN_PATHS or is_preflight:
             return None
@@ -82,6 +85,11 @@ class HttpGuard:
         # Every key is compared, so that the time tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._keys]
         return None if any(matches) else _unauthorized("the API key is not known here")
+
+
+def new_request_id() -> str:
+    """Return an id for a request that brings none."""
+    return f"req-{secrets.token_hex(12)}"
 
 
 def _unauthorized(message: str) -> ApiError:

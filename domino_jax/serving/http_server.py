@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -23,6 +24,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from domino_jax.serving.api import Service
 from domino_jax.serving.errors import ApiError
+from domino_jax.serving.http_guard import new_request_id
 from domino_jax.serving.json_log import log_event, start_logging
 from domino_jax.serving.settings import ApiSettings
 
@@ -92,6 +94,9 @@ class DrainingServer(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle SIGTERM and SIGINT while the server runs; unlike uvicorn's, the exit status stays ours."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread may take signals
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -139,9 +144,11 @@ class DrainingServer(uvicorn.Server):
 
 
 class _DeadlineProtocol(H11Protocol):
-    # h11 bounds a head's size; this bounds its time, and tells both in the API's error form.
+    # h11 bounds a head's size; this bounds its time, and the time of a client that does not read.
     header_timeout_s: float
+    write_timeout_s: float
     _header_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -149,6 +156,7 @@ class _DeadlineProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -162,6 +170,20 @@ class _DeadlineProtocol(H11Protocol):
         super().on_response_complete()
         if self._awaits_head() and self.conn.trailing_data[0]:
             self._start_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(self.write_timeout_s, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def send_400_response(self, msg: str) -> None:
         is_large = len(self.conn.trailing_data[0]) > self.config.h11_max_incomplete_event_size
@@ -193,6 +215,7 @@ class _DeadlineProtocol(H11Protocol):
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
+                ("x-request-id", new_request_id()),
                 ("connection", "close"),
             ]
             for event in (
@@ -205,7 +228,8 @@ class _DeadlineProtocol(H11Protocol):
 
 
 def _protocol_type(settings: ApiSettings) -> type[asyncio.Protocol]:
-    return type("DeadlineProtocol", (_DeadlineProtocol,), {"header_timeout_s": settings.header_timeout_s})
+    times = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.write_timeout_s}
+    return type("DeadlineProtocol", (_DeadlineProtocol,), times)
 
 
 def _is_loopback(host: str) -> bool:

@@ -7,7 +7,7 @@ Source: byte-to-letter table of GPT-2 (`bytes_to_unicode`), as `tokenizers.decod
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 from tokenizers import Tokenizer, decoders
@@ -20,6 +20,7 @@ class TextCodecError(ValueError):
     """A text, chat or tokenizer that cannot be used; the message says what is wrong with it."""
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """What the API knows of a tokenizer; all methods are safe from any thread.
 

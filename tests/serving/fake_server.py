@@ -4,14 +4,13 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from byte_codec import ByteCodec  # noqa: E402
-from fake_engine import FakeEngine, FakeSettings  # noqa: E402
-
-from domino_jax.serving.api import create_app  # noqa: E402
-from domino_jax.serving.http_server import run_server  # noqa: E402
-from domino_jax.serving.settings import ApiSettings  # noqa: E402
+from domino_jax.serving.api import create_app
+from domino_jax.serving.http_server import run_server
+from domino_jax.serving.settings import ApiSettings
+from tests.serving.byte_codec import ByteCodec
+from tests.serving.fake_engine import FakeEngine, FakeSettings
 
 TEXT = (
     "Of course. Here is a **short** answer with <b>markup</b> that must stay text, an accent (é), an emoji (😀) "
