@@ -82,11 +82,13 @@ class Answer:
             self.close("503", counts=False)
             raise unavailable(str(error)) from error
 
-    async def deltas(self) -> AsyncIterator[list[tuple[Choice, ChoiceDelta]]]:
-        """Yield what arrived, a batch at a time; an empty batch after `keep_alive_s` without a token.
+    async def events(self) -> AsyncIterator[list[TokenEvent]]:
+        """Yield what arrived until every choice has ended, a batch at a time; each event must be given to `take`.
+
+        A batch is empty after `keep_alive_s` without an event.
 
         Raises:
-            ApiError: a fault of the engine, the deadline, or the client is gone (499).
+            ApiError: the deadline (504), or the client is gone (499).
         """
         while not self.is_finished:
             left_s = self.deadline_s - time.monotonic()
@@ -97,14 +99,7 @@ class Answer:
             if self.inbox.reason is not None:
                 self.close(self.inbox.reason)
                 raise ApiError(499, "the client is gone", code=self.inbox.reason)
-            batch = []
-            now_s = time.monotonic()
-            for event in events:
-                choice = self._by_id[event.request_id]
-                if choice.finish_reason is None:
-                    batch.append((choice, self._take(choice, event, now_s)))
-            if batch or self.deadline_s > time.monotonic():
-                yield batch
+            yield events
         self._end(",".join(sorted({choice.finish_reason or "" for choice in self.choices})))
 
     @property
@@ -139,7 +134,16 @@ class Answer:
             "mean_acceptance_length": measured["speculative_decoding"]["mean_acceptance_length"],
         }
 
-    def _take(self, choice: Choice, event: TokenEvent, now_s: float) -> ChoiceDelta:
+    def take(self, event: TokenEvent) -> tuple[Choice, ChoiceDelta] | None:
+        """Take an event and return what it added to which choice; None where that choice has ended before.
+
+        Raises:
+            ApiError: a fault of the engine (500), or the server ends (503).
+        """
+        choice = self._by_id[event.request_id]
+        if choice.finish_reason is not None:
+            return None
+        now_s = time.monotonic()
         if event.finish_reason == "error":
             self.close("error")
             raise ApiError(500, f"generation failed: {event.error or 'unknown fault'}", code="engine_error")
@@ -160,7 +164,7 @@ class Answer:
         if delta.finish_reason is not None:
             self.router.close(event.request_id)
             self.metrics.count_end(delta.finish_reason, now_s - self.arrived_s)
-        return delta
+        return choice, delta
 
     def usage(self) -> dict[str, Any]:
         """Return the token counts so far; a prompt counts once, whatever `n`."""

@@ -231,8 +231,9 @@ class Service:
             return EventStream(answer, form)
         try:
             async with watch_disconnect(request.receive, answer):
-                async for _ in answer.deltas():
-                    pass
+                async for events in answer.events():
+                    for event in events:
+                        answer.take(event)
         finally:
             answer.close("disconnected")
         return Response(to_text(form.to_json()), media_type="application/json")

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
 from domino_jax.serving.errors import ApiError, shorten
@@ -37,9 +37,11 @@ class BodyReader:
             raise ApiError(400, f"Content-Type is {shorten(media_type)}; send the body as application/json")
         raw = await self._read_bytes(request)
         try:
-            body = body_type.model_validate_json(raw)
+            body = body_type.model_validate(from_json(raw, allow_inf_nan=False))
         except ValidationError as error:
             raise _explain(error.errors(include_url=False, include_context=False)) from None
+        except ValueError as error:
+            raise ApiError(400, f"the body is no valid JSON ({error})", code="invalid_json") from None
         self._check_extra(body)
         return body
 
@@ -81,10 +83,6 @@ def _explain(errors: Sequence[ErrorDetails]) -> ApiError:
     # A value that fits no member of a union has an error for each; the one that came furthest is the most telling.
     error = max(errors, key=lambda e: (len(_path(e["loc"])), e["type"] != "string_type"))
     where = ".".join(map(str, _path(error["loc"])))
-    if error["type"] == "json_invalid":
-        return ApiError(
-            400, f"the body is no valid JSON ({error['msg'].partition(':')[2].strip()})", code="invalid_json"
-        )
     if error["type"] == "missing":
         return ApiError(400, f"{where} is missing; it is required", where)
     same = [e["msg"].removeprefix("Input should be ") for e in errors if _path(e["loc"]) == _path(error["loc"])]

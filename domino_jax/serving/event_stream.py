@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from domino_jax.records import TokenEvent
 from domino_jax.serving.answer import Answer
 from domino_jax.serving.answer_json import AnswerForm, to_text
 from domino_jax.serving.errors import ApiError
@@ -54,22 +55,25 @@ class EventStream(Response):
             answer.close("disconnected")
 
     async def _write(self) -> AsyncIterator[str]:
-        answer, form = self._answer, self._form
+        answer = self._answer
+        chunks: list[str] = []
         try:
-            async for batch in answer.deltas():
-                if not batch:
-                    yield ": keep-alive\n\n"
-                    continue
-                is_end = answer.is_finished
-                last = len(batch) - 1
-                yield "".join(
-                    f"data: {form.write_chunk(choice, delta, is_end and i == last)}\n\n"
-                    for i, (choice, delta) in enumerate(batch)
-                )
+            async for events in answer.events():
+                for event in events:
+                    chunks += self._write_event(event)
+                yield "".join(chunks) if events else ": keep-alive\n\n"
+                chunks.clear()
         except ApiError as error:
             if error.status != 499:
-                yield f"data: {to_text(error.to_json())}\n\n"
+                yield f"{''.join(chunks)}data: {to_text(error.to_json())}\n\n"
             return
         if answer.plan.include_usage:
-            yield f"data: {form.write_usage_chunk()}\n\n"
+            yield f"data: {self._form.write_usage_chunk()}\n\n"
         yield "data: [DONE]\n\n"
+
+    def _write_event(self, event: TokenEvent) -> list[str]:
+        taken = self._answer.take(event)
+        if taken is None:
+            return []
+        choice, delta = taken
+        return [f"data: {self._form.write_chunk(choice, delta, self._answer.is_finished)}\n\n"]

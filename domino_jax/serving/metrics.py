@@ -25,11 +25,11 @@ class _EngineCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         status = self._engine.status()
-        yield self._gauge("vllm:num_requests_running", "Requests that hold a slot.", status.num_running)
-        yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", status.num_waiting)
+        yield self._gauge("vllm:num_requests_running", "Requests that hold a slot.", float(status.num_running))
+        yield self._gauge("vllm:num_requests_waiting", "Requests in the queue.", float(status.num_waiting))
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the cache in use, 0 .. 1.", status.cache_usage)
-        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", status.num_prefix_queries)
-        yield self._counter("vllm:prefix_cache_hits", "Of those, tokens found.", status.num_prefix_hits)
+        yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", float(status.num_prefix_queries))
+        yield self._counter("vllm:prefix_cache_hits", "Of those, tokens found.", float(status.num_prefix_hits))
         yield GaugeMetricFamily("domino_ready", "1 while requests are taken.", float(status.is_ready))
         compiles = CounterMetricFamily("domino_jit_compiles", "Programs compiled.", labels=["phase"])
         for phase in {**dict.fromkeys(_COMPILE_PHASES, 0), **status.num_compiles}:

@@ -62,6 +62,20 @@ def read_events(text):
 
 @pytest.fixture
 def serve():
+    """Start servers for one test."""
+    with start_servers() as start:
+        yield start
+
+
+@pytest.fixture(scope="module")
+def serve_module():
+    """Start servers for all tests of a file."""
+    with start_servers() as start:
+        yield start
+
+
+@contextlib.contextmanager
+def start_servers():
     """Start servers: `serve(engine, **api_settings)`; `FakeEngine` settings may be given as `engine_settings`."""
     from domino_jax.serving.api import create_app
     from domino_jax.serving.http_server import DrainingServer, make_config
