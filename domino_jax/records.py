@@ -163,6 +163,7 @@ class TokenEvent:
         num_draft_tokens: tokens drafted in the round; 0 for a plain step.
         prompt_logprobs: with the first event where asked for: one entry for every prompt token but the first.
         num_cached_tokens: with the first event: prompt tokens that the prefix cache spared.
+        queue_s: with the first event: seconds the request waited for a slot.
         finish_reason: set in the last event of a request.
         error: what went wrong, for people; set where `finish_reason` is `error`.
     """
@@ -175,5 +176,6 @@ class TokenEvent:
     num_draft_tokens: int = 0
     prompt_logprobs: Sequence[TokenLogprobs] | None = None
     num_cached_tokens: int = 0
+    queue_s: float | None = None
     finish_reason: FinishReason | None = None
     error: str = ""

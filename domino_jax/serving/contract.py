@@ -6,7 +6,7 @@ accepted request gets exactly one such event, whatever happens.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from domino_jax.records import Request, TokenEvent
 
@@ -63,6 +63,7 @@ class EngineStatus:
     num_prefix_hits: int = 0
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Continuous batching of requests on one device or mesh.
 
