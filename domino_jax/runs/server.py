@@ -51,7 +51,7 @@ class ServerOptions:
     Attributes:
         target: directory or hub id.
         draft: the same; None: plain decoding.
-        model_id: name in the API; None: the last part of the target's path.
+        model_id: name in the API; None: the target's directory, or the run's where the target lies in one.
         max_slots: sequences that run at once; None: as many of 32 as fit.
         memory_fraction: part of the device's memory that may be used.
         engine: the rest of the engine's settings.
@@ -169,9 +169,10 @@ def serve(options: ServerOptions) -> int:
         return ModelParams(target_params, loaded.params if loaded else None)
 
     engine = SlotEngine(target, draft, load, config, options.dtype)
+    path = directory.resolve()
     settings = replace(
         options.api,
-        model_id=options.model_id or directory.resolve().name,
+        model_id=options.model_id or (path.parent if path == RunFolder(path.parent).target else path).name,
         default_sampling=read_default_sampling(directory),
     )
     print(

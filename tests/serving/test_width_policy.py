@@ -1,0 +1,65 @@
+import pytest
+
+from domino_jax.serving.width_policy import WidthPolicy
+
+NUM_DRAFTS = {12: 12, 6: 6, 1: 0}
+
+
+def make_policy(tokens_a_round):
+    policy = WidthPolicy(NUM_DRAFTS)
+    for _ in range(600):
+        policy.observe(12, [tokens_a_round - 1] * 4)
+    return policy
+
+
+def test_expected_tokens_follow_the_drafts_that_survive():
+    policy = make_policy(5)
+    assert policy.expected_tokens(12) == pytest.approx(5, abs=0.01)
+    assert policy.expected_tokens(6) == pytest.approx(5, abs=0.01)
+    assert policy.expected_tokens(1) == 1
+    assert make_policy(10).expected_tokens(6) == pytest.approx(7, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("costs", "tokens", "best"),
+    [
+        ({12: 2.0, 6: 1.5, 1: 1.0}, 12, 12),
+        ({12: 2.0, 6: 1.5, 1: 1.0}, 5, 6),
+        ({12: 9.0, 6: 5.5, 1: 1.0}, 5, 1),
+    ],
+)
+def test_the_width_with_most_tokens_a_second_is_chosen(costs, tokens, best):
+    assert make_policy(tokens).choose(costs, 4, 0) == best
+
+
+def test_rows_that_are_not_drafted_for_count_one_token():
+    costs = {12: 2.0, 6: 1.5, 1: 1.0}
+    policy = make_policy(5)
+    assert policy.choose(costs, 4, 0) == 6
+    assert policy.choose(costs, 1, 20) == 1
+    assert policy.choose(costs, 0, 4) == 1
+
+
+def test_plain_decoding_is_left_for_a_real_gain_only():
+    policy = make_policy(5)
+    assert policy.choose({12: 9.0, 6: 4.95, 1: 1.0}, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 5.5, 1: 1.0}, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.95, 1: 1.0}, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.5, 1: 1.0}, 1, 0) == 6
+
+
+def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
+    policy = make_policy(1)
+    costs = {12: 2.0, 6: 1.5, 1: 1.0}
+    assert policy.choose(costs, 1, 0) == 1
+    for _ in range(3000):
+        policy.observe(1, [])
+    assert policy.choose(costs, 1, 0) != 1
+
+
+def test_narrow_rounds_teach_nothing_about_later_slots():
+    policy = make_policy(13)
+    before = policy.survival[6:]
+    policy.observe(6, [0, 0])
+    assert policy.survival[6:] == before
+    assert policy.survival[0] < 1
