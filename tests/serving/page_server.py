@@ -38,6 +38,7 @@ class Behaviour:
         plain_tokens: the answer of plain runs, where it is to be another one.
         accepted: accepted drafts of one round after the other, over and over.
         round_s: seconds a verify round or plain step takes.
+        step_s: seconds the server says that it took, so that figures do not depend on the machine.
         fault_after: tokens after which an error is sent in mid-stream.
         cut_after: tokens after which the connection ends without a word.
         refusal: (status, error body, headers) instead of an answer.
@@ -48,6 +49,7 @@ class Behaviour:
     plain_tokens: list[str] | None = None
     accepted: tuple[int, ...] = (2, 4, 0, 3)
     round_s: float = 0.0
+    step_s: float = 0.05
     fault_after: int | None = None
     cut_after: int | None = None
     refusal: tuple[int, dict[str, Any], dict[str, str]] | None = None
@@ -186,20 +188,20 @@ class _Handler(BaseHTTPRequestHandler):
         use_draft = body["use_draft"]
         tokens = behaviour.tokens if use_draft or behaviour.plain_tokens is None else behaviour.plain_tokens
         self._event(self._chunk({"role": "assistant", "content": ""}), "\r\n")
-        started = time.monotonic()
         lengths: list[int] = []
-        num_sent = 0
+        num_sent = num_rounds = 0
         for length, pieces in _rounds(tokens, behaviour.accepted, use_draft):
             time.sleep(behaviour.round_s)
             self._event(self._chunk({"content": "".join(piece["text"] for piece in pieces)}, token_sources=pieces))
             num_sent += len(pieces)
+            num_rounds += 1
             lengths += [length] if length else []
             if behaviour.fault_after is not None and num_sent >= behaviour.fault_after:
                 self._event({"error": {"message": "logits are not finite", "type": "server_error", "code": None}})
                 return
             if behaviour.cut_after is not None and num_sent >= behaviour.cut_after:
                 return
-        decode_s = time.monotonic() - started - behaviour.round_s
+        decode_s = behaviour.step_s * (num_rounds - 1)
         speculative = {
             "mean_acceptance_length": sum(lengths) / len(lengths) if lengths else None,
             "acceptance_rate": (sum(lengths) - len(lengths)) / (BLOCK * len(lengths)) if lengths else None,
@@ -208,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
         }
         metrics = {
             "speculative_decoding": speculative,
-            "time_to_first_token_s": behaviour.round_s,
+            "time_to_first_token_s": behaviour.step_s,
             "decode_s": decode_s,
             "tokens_per_s": (len(tokens) - 1) / decode_s if decode_s > 0 else None,
         }
