@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Literal
 
 BLOCK = 4
 
@@ -24,7 +24,7 @@ def content_security_policy(page: str) -> str:
         ]
         sources[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; img-src data:; "
         "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
@@ -43,6 +43,7 @@ class Behaviour:
         cut_after: tokens after which the connection ends without a word.
         refusal: (status, error body, headers) instead of an answer.
         loading: message of `/ready` while it is 503.
+        metrics_in: the chunk that carries the metrics.
     """
 
     tokens: list[str] = field(default_factory=lambda: re.findall(r"\s*\S+", "The quick brown fox jumps. " * 6))
@@ -56,7 +57,7 @@ class Behaviour:
     loading: str | None = None
     model: str = "tiny-target"
     api_key: str | None = None
-    show_metrics: bool = True
+    metrics_in: Literal["usage", "last", "none"] = "usage"
 
 
 def _rounds(tokens: list[str], accepted: tuple[int, ...], use_draft: bool) -> Iterator[tuple[int, list[dict]]]:
@@ -215,7 +216,9 @@ class _Handler(BaseHTTPRequestHandler):
             "tokens_per_s": (len(tokens) - 1) / decode_s if decode_s > 0 else None,
         }
         last = self._chunk({}, finish_reason="stop")
-        self._event(last | ({"metrics": metrics} if behaviour.show_metrics else {}))
+        with_metrics = {"metrics": metrics}
+        self._event(last | (with_metrics if behaviour.metrics_in == "last" else {}))
         usage = {"prompt_tokens": 10, "completion_tokens": len(tokens), "total_tokens": 10 + len(tokens)}
-        self._event({"object": "chat.completion.chunk", "choices": [], "usage": usage})
+        ending = {"object": "chat.completion.chunk", "choices": [], "usage": usage}
+        self._event(ending | (with_metrics if behaviour.metrics_in == "usage" else {}))
         self._event("[DONE]")

@@ -58,10 +58,10 @@ def test_nothing_needs_an_unsafe_policy(elements):
 def test_nothing_is_loaded_from_elsewhere(html, elements):
     loaders = {"src", "srcset", "href", "action", "formaction", "data", "poster", "background"}
     targets = [attributes[name] for _, attributes in elements for name in loaders & set(attributes)]
-    assert all(target.startswith("#") for target in targets)
-    assert not {"link", "iframe", "object", "embed", "base", "img"} & {tag for tag, _ in elements}
+    assert all(target.startswith(("#", "data:image/svg+xml,")) for target in targets)
+    assert not {"iframe", "object", "embed", "base", "img"} & {tag for tag, _ in elements}
     # A namespace is a name, not an address.
-    assert re.findall(r"https?://[^\s\"'`]+", html) == ["http://www.w3.org/2000/svg"]
+    assert set(re.findall(r"(?:https?:)?//[a-z][^\s\"'`]+", html)) == {"http://www.w3.org/2000/svg"}
     assert "@import" not in html
     assert "url(" not in html
 
@@ -198,15 +198,15 @@ class TestInBrowser:
     @pytest.mark.parametrize("length", [1, 4, 9, 12, 23])
     def test_counts_by_itself_as_the_server_does(self, open_page, server, length):
         figures = []
-        for show_metrics in (True, False):
+        for metrics_in in ("usage", "last", "none"):
             # Lengths at which a round ends: one that the token limit cuts is known to the server alone.
             tokens = [f" {i}" for i in range(length)]
-            server.behaviour = Behaviour(tokens=tokens, accepted=(2, BLOCK, 1, 0), show_metrics=show_metrics)
+            server.behaviour = Behaviour(tokens=tokens, accepted=(2, BLOCK, 1, 0), metrics_in=metrics_in)
             page = open_page()
             _send(page, "Count")
             meters = [page.text_content(f".meters div:nth-child({n}) dd") for n in (2, 4)]
             figures.append([*meters, page.get_attribute(".histogram", "aria-label")])
-        assert figures[0] == figures[1]
+        assert figures[0] == figures[1] == figures[2]
 
     def test_settings_reach_the_request(self, open_page, server):
         page = open_page()
@@ -365,7 +365,7 @@ class TestInBrowser:
         assert page.locator(".retry").count() == 0
 
     def test_waits_for_a_server_that_loads(self, open_page, server):
-        server.behaviour.loading = "loading: compiled 3/12"
+        server.behaviour.loading = "the server is loading: compiled 3/12"
         page = open_page(wait_for="loading")
         page.wait_for_selector("#server-progress:not([hidden])")
         assert page.text_content("#server-text") == "loading: compiled 3/12"
@@ -379,6 +379,13 @@ class TestInBrowser:
         assert page.text_content("#server-model") == "tiny-target · 2,048 tokens of context"
         _send(page, "Now")
         assert len(server.requests) == 1
+
+    @pytest.mark.parametrize("message", ["the server is shutting down", "the engine has failed"])
+    def test_tells_loading_from_ending(self, open_page, server, message):
+        server.behaviour.loading = message
+        page = open_page(wait_for="down")
+        assert page.text_content("#server-text") in message
+        assert page.get_attribute("#send", "aria-disabled") == "true"
 
     def test_asks_for_a_key_and_keeps_it_for_the_tab_alone(self, open_page, server):
         server.behaviour.api_key = "secret"
