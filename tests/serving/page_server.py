@@ -24,8 +24,8 @@ def content_security_policy(page: str) -> str:
         ]
         sources[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
     return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; img-src data:; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
 
 
@@ -163,6 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
         behaviour = self.server.behaviour
         if behaviour.refusal:
             self._send_json(*behaviour.refusal[:1], {"error": behaviour.refusal[1]}, behaviour.refusal[2])
+            return
+        if body.get("model", behaviour.model) != behaviour.model:
+            self._send_json(404, {"error": {"message": "the model is not served here", "type": "not_found_error"}})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")

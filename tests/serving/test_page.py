@@ -289,7 +289,7 @@ class TestInBrowser:
         assert server.requests[0] == server.requests[1] | {"use_draft": True}
         # 30 tokens: one by the prefill, the others in 9 rounds or 29 steps of 0.05 s.
         assert page.text_content(".ratio") == "3.22\N{MULTIPLICATION SIGN}"
-        assert "64.4 against 20.0 tokens a second" in page.text_content(".verdict")
+        assert "64.4 against 20.0 tokens/s" in page.text_content(".verdict")
         assert "Both texts are identical" in page.text_content(".verdict")
         before = page.locator(".lanes").inner_text()
         page.click("text=Replay side by side")
@@ -402,12 +402,23 @@ class TestInBrowser:
         assert "secret" not in stored
         assert page.evaluate("JSON.stringify(sessionStorage)").count("secret") == 1
 
+    def test_finds_the_model_anew_after_a_restart_with_another(self, open_page, server):
+        page = open_page()
+        server.behaviour.model = "other-target"
+        _send(page, "Hello")
+        assert page.text_content(".trouble strong") == "The server does not know this."
+        page.wait_for_selector("#server-model:has-text('other-target')")
+        page.click("text=Try again")
+        page.wait_for_selector(".text .token")
+        assert server.requests[-1]["model"] == "other-target"
+
     def test_says_when_the_server_is_gone(self, open_page, server):
         page = open_page()
         server.shutdown()
         server.socket.close()
         _send(page, "Anybody?")
         assert page.text_content(".trouble strong") == "The server cannot be reached."
+        page.wait_for_selector("#server[data-state=down]")
 
     def test_works_from_the_keyboard_alone(self, open_page, server):
         page = open_page()
