@@ -485,6 +485,16 @@ class TestInBrowser:
         page.click("#panel-toggle")
         assert page.evaluate("document.activeElement.id") == "system"
         assert page.evaluate("document.documentElement.scrollWidth") == 360
+        for field in ("system", "key"):
+            page.focus(f"#{field}")
+            top, bottom = page.eval_on_selector(
+                f"#{field}", "node => [node.getBoundingClientRect().top, node.getBoundingClientRect().bottom]"
+            )
+            header_bottom = page.eval_on_selector("header", "node => node.getBoundingClientRect().bottom")
+            assert header_bottom <= top < bottom <= 640
+        page.click("#panel-toggle")
+        assert not page.is_visible("#system")
+        page.click("#panel-toggle")
         page.keyboard.press("Escape")
         assert not page.is_visible("#system")
         assert page.evaluate("document.activeElement.id") == "panel-toggle"
