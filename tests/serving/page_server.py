@@ -44,6 +44,7 @@ class Behaviour:
         refusal: (status, error body, headers) instead of an answer.
         loading: message of `/ready` while it is 503.
         metrics_in: the chunk that carries the metrics.
+        splits_events: each event goes out in two parts, in the middle of its first wide character where it has one.
     """
 
     tokens: list[str] = field(default_factory=lambda: re.findall(r"\s*\S+", "The quick brown fox jumps. " * 6))
@@ -58,6 +59,8 @@ class Behaviour:
     model: str = "tiny-target"
     api_key: str | None = None
     metrics_in: Literal["usage", "last", "none"] = "usage"
+    newline: str = "\n"
+    splits_events: bool = False
 
 
 def _rounds(tokens: list[str], accepted: tuple[int, ...], use_draft: bool) -> Iterator[tuple[int, list[dict]]]:
@@ -175,14 +178,17 @@ class _Handler(BaseHTTPRequestHandler):
         except (BrokenPipeError, ConnectionResetError):
             self.server.num_disconnects += 1
 
-    def _event(self, data: dict | str, newline: str = "\n") -> None:
+    def _event(self, data: dict | str) -> None:
+        behaviour = self.server.behaviour
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
-        raw = f": keep-alive{newline}{newline}data: {text}{newline}{newline}".encode()
-        # In two writes, at a place that may split a character: the page has to put them together.
-        half = len(raw) // 2
-        for part in (raw[:half], raw[half:]):
+        raw = f": keep-alive\n\ndata: {text}\n\n".replace("\n", behaviour.newline).encode()
+        first_wide = next((i for i, byte in enumerate(raw) if byte >= 0x80), len(raw) // 2)
+        parts = (raw[: first_wide + 1], raw[first_wide + 1 :]) if behaviour.splits_events else (raw,)
+        for part in parts:
             self.wfile.write(part)
             self.wfile.flush()
+            if behaviour.splits_events:
+                time.sleep(0.03)  # so that the network does not put them together again
 
     def _chunk(self, delta: dict, **choice: Any) -> dict:
         return {"object": "chat.completion.chunk", "choices": [{"index": 0, "delta": delta, **choice}]}
@@ -191,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
         behaviour = self.server.behaviour
         use_draft = body["use_draft"]
         tokens = behaviour.tokens if use_draft or behaviour.plain_tokens is None else behaviour.plain_tokens
-        self._event(self._chunk({"role": "assistant", "content": ""}), "\r\n")
+        self._event(self._chunk({"role": "assistant", "content": ""}))
         lengths: list[int] = []
         num_sent = num_rounds = 0
         for length, pieces in _rounds(tokens, behaviour.accepted, use_draft):

@@ -168,6 +168,14 @@ def _send(page: Any, prompt: str, key: str = "Enter", waits: bool = True) -> Non
         page.wait_for_selector("#send:not([hidden])")
 
 
+def _wait_for_disconnect(page: Any, server: PageServer) -> None:
+    for _ in range(50):
+        if server.num_disconnects:
+            break
+        page.wait_for_timeout(50)
+    assert server.num_disconnects == 1
+
+
 def _marks(page: Any) -> list[list[str]]:
     script = "nodes => nodes.map(node => [node.textContent, node.className.replace('token ', '')])"
     return page.eval_on_selector_all("#conversation .text .token", script)
@@ -264,8 +272,10 @@ class TestInBrowser:
         assert page.locator("script").count() == 1
         assert page.evaluate("window.hacked") is None
 
-    def test_text_arrives_whole_whatever_its_pieces(self, open_page, server):
-        # The server cuts each event in two writes, in the middle of characters too.
+    @pytest.mark.parametrize("newline", ["\n", "\r\n"])
+    def test_text_arrives_whole_whatever_its_pieces(self, open_page, server, newline):
+        server.behaviour.newline = newline
+        server.behaviour.splits_events = True
         server.behaviour.tokens = ["naïve ", "\U0001f9e9", "日本語", "\n\n", "  e\u0301", "data: x\n: y"]
         page = open_page()
         _send(page, "Characters")
@@ -309,20 +319,21 @@ class TestInBrowser:
         assert first["seed"] == second["seed"]
 
     @pytest.mark.parametrize("mode", ["Enter", "Control+Enter"])
-    def test_escape_stops_and_the_server_notices(self, open_page, server, mode):
+    @pytest.mark.parametrize("means", ["Escape", "#stop"])
+    def test_stops_and_the_server_notices(self, open_page, server, mode, means):
         server.behaviour.round_s = 0.1
         page = open_page()
         _send(page, "Long", mode, waits=False)
         page.wait_for_selector(".text .token")
-        page.keyboard.press("Escape")
+        if means == "Escape":
+            page.keyboard.press("Escape")
+        else:
+            page.click(means)
         page.wait_for_selector("#send:not([hidden])", timeout=1000)
         assert "Stopped." in page.text_content("#conversation article:last-child")
-        for _ in range(50):
-            if server.num_disconnects:
-                break
-            page.wait_for_timeout(50)
-        assert server.num_disconnects == 1
+        _wait_for_disconnect(page, server)
         assert len(server.requests) == 1
+        assert page.evaluate("document.activeElement.id") == "prompt"
 
     @pytest.mark.parametrize(
         ("change", "title", "detail"),
@@ -522,12 +533,13 @@ class TestInBrowser:
         assert shown == animation
 
     def test_clear_forgets_the_conversation_even_in_mid_stream(self, open_page, server):
-        server.behaviour.round_s = 0.05
+        server.behaviour.round_s = 0.1
         page = open_page()
         _send(page, "First", waits=False)
         page.wait_for_selector(".text .token")
         page.click("#clear")
-        page.wait_for_selector("#send:not([hidden])")
+        page.wait_for_selector("#send:not([hidden])", timeout=500)
+        _wait_for_disconnect(page, server)
         assert page.is_visible("#welcome")
         server.behaviour.round_s = 0.0
         _send(page, "Second")
