@@ -50,6 +50,8 @@ class EngineStatus:
         num_compiles: programs compiled, by phase (`warmup`, `serving`); `serving` stays 0 unless there is a bug.
         num_prefix_queries: prompt tokens looked up in the prefix cache.
         num_prefix_hits: those of them that were found.
+        busy_s: seconds in which the engine had something to do.
+        device_s: those of them spent in device calls, from dispatch until the results were on the host.
     """
 
     is_ready: bool
@@ -61,6 +63,8 @@ class EngineStatus:
     num_compiles: Mapping[str, int] = field(default_factory=dict)
     num_prefix_queries: int = 0
     num_prefix_hits: int = 0
+    busy_s: float = 0.0
+    device_s: float = 0.0
 
 
 @runtime_checkable

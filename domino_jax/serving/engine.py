@@ -7,7 +7,8 @@ In: `Request`s from any thread. Out: `TokenEvent`s, a batch of them a device cal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,7 @@ class _Sequence:
     Attributes:
         tokens: prompt and output.
         limit_len: number of tokens at which it ends.
+        queue_s: seconds it waited for the slot.
         prefill: until its prompt is done.
         context_len: positions whose features the draft's context holds.
     """
@@ -68,6 +70,7 @@ class _Sequence:
     slot: int
     tokens: list[int]
     limit_len: int
+    queue_s: float
     prefill: _Prefill | None = None
     context_len: int = 0
 
@@ -112,10 +115,12 @@ class SlotEngine:
         self._lock = threading.Condition()
         self._scheduler = Scheduler(config.max_slots, config.max_waiting)
         self._requests: dict[str, Request] = {}
+        self._arrived_s: dict[str, float] = {}
         self._cancelled: set[str] = set()
         self._state = "not started"
         self._failure: str | None = None
         self._num_compiles = {"warmup": 0, "serving": 0}
+        self._busy_s = self._device_s = 0.0
         self._cache_usage = 0.0
         self._thread: threading.Thread | None = None
         self._is_warming_up = True
@@ -141,6 +146,7 @@ class SlotEngine:
                 raise EngineUnavailableError(f"the engine is {self._state}; it takes no requests")
             self._scheduler.submit(request.request_id)
             self._requests[request.request_id] = request
+            self._arrived_s[request.request_id] = time.monotonic()
             self._lock.notify()
 
     def _check(self, request: Request) -> None:
@@ -194,6 +200,8 @@ class SlotEngine:
                 num_compiles=dict(self._num_compiles),
                 num_prefix_queries=self._prefix_cache.num_queries,
                 num_prefix_hits=self._prefix_cache.num_hits,
+                busy_s=self._busy_s,
+                device_s=self._device_s,
             )
 
     # ------------------------------------------------------------------------------------------ the engine's own thread
@@ -249,14 +257,26 @@ class SlotEngine:
                 self._lock.wait()
             return self._state != "stopped"
 
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """Count the time of a device call, from dispatch until its results are on the host."""
+        began = time.perf_counter()
+        yield
+        self._device_s += time.perf_counter() - began
+
     def _step(self) -> None:
+        began = time.perf_counter()
         events: list[TokenEvent] = []
         self._take_cancellations(events)
         self._admit()
         self._run_prefills(events)
+        if events:  # first tokens do not wait for the rounds of others
+            self._deliver(events)
+        events = []
         self._run_rounds(events)
         if events:
             self._deliver(events)
+        self._busy_s += time.perf_counter() - began
 
     def _take_cancellations(self, events: list[TokenEvent]) -> None:
         with self._lock:
@@ -275,16 +295,17 @@ class SlotEngine:
                 if admitted is None:
                     return
                 request = self._requests[admitted[0]]
+                queue_s = time.monotonic() - self._arrived_s[admitted[0]]
             tokens = list(request.prompt_ids)
             limit_len = min(len(tokens) + request.max_new_tokens, self.max_model_len)
-            self._sequences[admitted[0]] = _Sequence(request, admitted[1], tokens, limit_len)
+            self._sequences[admitted[0]] = _Sequence(request, admitted[1], tokens, limit_len, queue_s)
 
     def _end(self, request_id: str, reason: FinishReason, error: str = "", **event: Any) -> TokenEvent:
         """Forget a request and return its last event."""
         self._sequences.pop(request_id, None)
         with self._lock:
             self._scheduler.release(request_id)
-            del self._requests[request_id]
+            del self._requests[request_id], self._arrived_s[request_id]
         return TokenEvent(request_id, finish_reason=reason, error=error, **event)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
@@ -330,7 +351,8 @@ class SlotEngine:
 
     def _run_chunk(self, sequence: _Sequence, prefill: _Prefill) -> tuple[jax.Array, int]:
         length, start = prefill.chunks.popleft(), prefill.done_len
-        prefill.row, hidden = self.programs.prefill(prefill.row, prefill.positions, length, start)
+        with self._on_device():
+            prefill.row, hidden = self.programs.prefill(prefill.row, prefill.positions, length, start)
         num_top = sequence.request.num_prompt_logprobs
         if num_top is not None:
             following = sequence.tokens[start + 1 : start + 1 + length]
@@ -343,12 +365,13 @@ class SlotEngine:
         self, sequence: _Sequence, prefill: _Prefill, hidden: jax.Array, start: int, events: list[TokenEvent]
     ) -> None:
         prompt_len = len(sequence.tokens)
-        last_hidden = self.programs.take_position(hidden, prompt_len - 1 - start)
-        row, result = self.programs.choose_first(prefill.row, prefill.positions, last_hidden)
-        result = jax.device_get(result)
+        with self._on_device():
+            last_hidden = self.programs.take_position(hidden, prompt_len - 1 - start)
+            row, result = self.programs.choose_first(prefill.row, prefill.positions, last_hidden)
+            result = jax.device_get(result)
         sequence.prefill = None
         sequence.context_len = prompt_len
-        details = {"num_cached_tokens": prefill.num_cached}
+        details = {"num_cached_tokens": prefill.num_cached, "queue_s": sequence.queue_s}
         if sequence.request.num_prompt_logprobs is not None:
             details["prompt_logprobs"] = prefill.prompt_logprobs
         if result.has_failed[0]:
@@ -395,11 +418,14 @@ class SlotEngine:
         is_cancelled = np.zeros(self._shape.rows, bool)
         is_cancelled[[slot for slot in self._cancelled_slots if slot < self._shape.rows]] = True
         self._cancelled_slots.clear()
-        began = time.perf_counter()
-        self._slots, result = self.programs.run(self._slots, self._shape, size, is_cancelled, num_rounds, others_wait)
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
-        result = jax.device_get(result if wants_scores else result.replace(scores=None))
-        call_s = time.perf_counter() - began
+        before_s = self._device_s
+        with self._on_device():
+            self._slots, result = self.programs.run(
+                self._slots, self._shape, size, is_cancelled, num_rounds, others_wait
+            )
+            result = jax.device_get(result if wants_scores else result.replace(scores=None))
+        call_s = self._device_s - before_s
         self._read_call(running, result, size, events)
         self._observe(CallTimes(int(result.num_rounds.max()), call_s, self.programs.draft_share[self._shape, size]))
         with self._lock:

@@ -30,6 +30,13 @@ class _EngineCollector(Collector):
         yield self._gauge("vllm:kv_cache_usage_perc", "Part of the cache in use, 0 .. 1.", status.cache_usage)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up.", float(status.num_prefix_queries))
         yield self._counter("vllm:prefix_cache_hits", "Of those, tokens found.", float(status.num_prefix_hits))
+        for name, text, value in (
+            ("domino_engine_busy_seconds", "With something to do.", status.busy_s),
+            ("domino_engine_device_seconds", "Of those, in device calls.", status.device_s),
+        ):
+            family = CounterMetricFamily(name, text)
+            family.add_metric([], value)
+            yield family
         yield GaugeMetricFamily("domino_ready", "1 while requests are taken.", float(status.is_ready))
         compiles = CounterMetricFamily("domino_jit_compiles", "Programs compiled.", labels=["phase"])
         for phase in {**dict.fromkeys(_COMPILE_PHASES, 0), **status.num_compiles}:
