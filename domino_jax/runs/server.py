@@ -116,10 +116,11 @@ def read_default_sampling(directory: Path) -> SamplingConfig:
     raw = read_json_object(file) if file.is_file() else {}
     if raw.get("do_sample") is False:
         return SamplingConfig()
-    known = {name: raw[name] for name in ("temperature", "top_k", "top_p", "min_p") if raw.get(name) is not None}
+    kinds = {"temperature": float, "top_k": int, "top_p": float, "min_p": float}
     try:
+        known = {name: kind(raw[name]) for name, kind in kinds.items() if raw.get(name) is not None}
         return SamplingConfig(**{"temperature": 1.0, **known})
-    except (ConfigError, TypeError) as error:
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"{file}: {error}") from error
 
 

@@ -1,0 +1,222 @@
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+
+from domino_jax.checkpoints.huggingface import save_draft, save_target
+from domino_jax.config import ConfigError, SamplingConfig
+from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.models.domino_head import init_draft_params
+from domino_jax.models.qwen3 import init_target_params
+from domino_jax.runs import server
+from domino_jax.runs.folder import RunError
+from domino_jax.serving.engine_config import EngineConfig
+from tests.decoding.tiny_pair import draw_params, make_configs
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["def add(a, b): return a + b", "héllo wörld"] * 5, 300)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tokenizer):
+    """A finished run with a pair of random weights: `runs/small/{target,draft}`."""
+    root = tmp_path_factory.mktemp("cwd") / "runs" / "small"
+    target, draft = make_configs(vocab=len(tokenizer), context=256, mask_id=3)
+    root.mkdir(parents=True)
+    target_params = draw_params(init_target_params, target, 0)
+    tied = {k: v for k, v in target_params.items() if k != "lm_head"} if target.tie_word_embeddings else target_params
+    save_target(str(root / "target"), target, tied, extra_config={"eos_token_id": tokenizer.eos_token_id})
+    save_tokenizer(tokenizer, root / "target")
+    save_draft(str(root / "draft"), draft, draw_params(init_draft_params, draft, 1))
+    return root
+
+
+def test_the_newest_finished_run_is_found(run_folder, tmp_path):
+    runs = run_folder.parent
+    assert server.find_newest_pair(runs) == (str(run_folder / "target"), str(run_folder / "draft"))
+    (runs / "unfinished" / "target").mkdir(parents=True, exist_ok=True)
+    assert server.find_newest_pair(runs)[0] == str(run_folder / "target")
+    with pytest.raises(RunError, match=r"no finished run in .*python train.py --config configs/tiny.py"):
+        server.find_newest_pair(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, SamplingConfig(temperature=1.0)),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95}, SamplingConfig(0.6, 20, 0.95)),
+        ({"do_sample": False, "temperature": 0.6}, SamplingConfig()),
+        ({"eos_token_id": 3}, SamplingConfig(temperature=1.0)),
+    ],
+)
+def test_a_targets_own_sampling_is_the_default(tmp_path, content, expected):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert server.read_default_sampling(tmp_path) == expected
+
+
+def test_unusable_default_sampling_is_refused(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1}')
+    with pytest.raises(ConfigError, match=r"generation_config.json: temperature is -1"):
+        server.read_default_sampling(tmp_path)
+
+
+def test_the_codec_renders_chats_as_training_does(tokenizer, run_folder):
+    from domino_jax.data.chat_template import encode_prompt
+
+    codec = server.make_codec(tokenizer, str(run_folder / "target"))
+    messages = [{"role": "user", "content": "add(a, b) wörld"}]
+    assert codec.encode_chat(messages, {}) == encode_prompt(tokenizer, messages, enable_thinking=False)
+    assert codec.stop_ids == (tokenizer.eos_token_id,)
+    assert codec.decode(codec.encode_text("héllo <|im_end|>"), skip_special_tokens=True) == "héllo "
+
+
+def test_slots_are_as_many_as_fit(monkeypatch):
+    target, draft = make_configs(context=4096)
+    options = server.ServerOptions("unused", engine=EngineConfig(prefix_cache_tokens=0))
+    _, plan = server.size_engine(options, target, draft)
+    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: plan.total_bytes // 3)
+    config, smaller = server.size_engine(options, target, draft)
+    assert config.max_slots == 8
+    assert smaller.total_bytes <= plan.total_bytes // 3
+    asked = server.ServerOptions("unused", max_slots=32, engine=EngineConfig(prefix_cache_tokens=0))
+    with pytest.raises(ConfigError, match=r"(?s)may use .*--max-slots 8 would fit"):
+        server.size_engine(asked, target, draft)
+    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: smaller.total_bytes // 20)
+    with pytest.raises(ConfigError, match=r"--max-model-len (512|1024|2048) would fit with 1 slots"):
+        server.size_engine(options, target, draft)
+    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: 1000)
+    with pytest.raises(ConfigError, match="not even one short sequence fits"):
+        server.size_engine(options, target, draft)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to serve: no finished run"),
+        (["--draft", "x"], "--draft needs --target"),
+        (["--config", "c.py", "--target", "x"], "not both"),
+        (["--target", "./nowhere"], "is not a directory"),
+        (["--target", "TARGET", "--max-model-len", "100000"], "context holds 256"),
+        (["--target", "TARGET", "--draft", "DRAFT", "--block-size", "9"], "outside 1 .. 5"),
+        (["--target", "TARGET", "--memory-fraction", "0.0000001"], "may use"),
+        (["--target", "TARGET", "--compilation-cache", "FILE"], "not a directory that can be written"),
+        (["--target", "TARGET", "--block-sizes", "4,x"], "not a list of numbers"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_one_sentence(
+    repository, run_folder, tmp_path, monkeypatch, capsys, arguments, message
+):
+    sys.path.insert(0, str(repository))
+    try:
+        import serve
+    finally:
+        sys.path.remove(str(repository))
+    (tmp_path / "file").write_text("")
+    places = {"TARGET": run_folder / "target", "DRAFT": run_folder / "draft", "FILE": tmp_path / "file"}
+    monkeypatch.chdir(tmp_path)
+    cache = [] if "--compilation-cache" in arguments else ["--compilation-cache", "none"]
+    try:
+        status = serve.main([str(places.get(a, a)) for a in arguments] + cache)
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+class ServerProcess:
+    """serve.py in a process of its own, on a free port."""
+
+    def __init__(self, repository, cwd, *arguments):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        command = [sys.executable, str(repository / "serve.py"), "--port", self.url.rsplit(":", 1)[1], *arguments]
+        env = {**os.environ, "PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
+        self.process = subprocess.Popen(
+            command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def get(self, path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+        except (urllib.error.URLError, ConnectionError):
+            return 0, ""
+
+    def wait_until_ready(self):
+        seen, pause = [], threading.Event()
+        for _ in range(1200):
+            assert self.process.poll() is None, self.process.stdout.read()
+            status, text = self.get("/ready")
+            if status == 200:
+                return seen
+            seen.append(text)
+            pause.wait(0.25)
+        raise TimeoutError(seen[-1])
+
+
+@pytest.mark.slow
+def test_serve_answers_as_the_decoder_does_and_starts_faster_the_second_time(repository, run_folder, tmp_path):
+    from domino_jax.checkpoints.huggingface import load_draft, load_target
+    from domino_jax.decoding.generate import Decoder
+
+    arguments = ("--max-slots", "2", "--batch-sizes", "2", "--compilation-cache", str(tmp_path / "xla"))
+    server_ = ServerProcess(repository, run_folder.parents[1], *arguments)
+    try:
+        seen = server_.wait_until_ready()
+        assert any("compiled" in text for text in seen)
+        prompt_ids = np.random.default_rng(0).integers(4, 290, 20).tolist()
+        body = {"prompt": prompt_ids, "temperature": 0, "max_tokens": 40, "return_metrics": True}
+        status, text = server_.get("/v1/completions", body)
+        assert status == 200, text
+        answer = json.loads(text)
+        assert answer["model"] == "small"
+        target, params = load_target(str(run_folder / "target"), "float32")
+        draft = load_draft(str(run_folder / "draft"), "float32")
+        decoder = Decoder(target, params, draft.config, draft.params)
+        [wanted] = decoder.generate([prompt_ids], 40, stop_ids=(2,))
+        ids = json.loads(server_.get("/tokenize", {"prompt": answer["choices"][0]["text"]})[1])["tokens"]
+        status, text = server_.get("/detokenize", {"tokens": wanted.output_ids})
+        assert json.loads(text)["prompt"].startswith(answer["choices"][0]["text"]), ids
+        assert answer["usage"]["completion_tokens"] == len(wanted.output_ids)
+        num_drafts = answer["metrics"]["speculative_decoding"]["num_drafts"]
+        assert num_drafts <= len(wanted.output_ids)
+        assert 'domino_jit_compiles_total{phase="serving"} 0.0' in server_.get("/metrics")[1]
+        assert server_.get("/v1/chat/completions", {"messages": []})[0] == 400
+    finally:
+        server_.process.send_signal(signal.SIGTERM)
+        output = server_.process.communicate(timeout=120)[0]
+    assert server_.process.returncode == 0, output
+    assert "in all" in output
+    assert jax.devices()
+
+
+@pytest.mark.slow
+def test_serve_without_weights_ends_with_a_fault(repository, run_folder, tmp_path):
+    import shutil
+
+    broken = tmp_path / "target"
+    shutil.copytree(run_folder / "target", broken)
+    (broken / "model.safetensors").write_bytes(b"x" * 100)
+    server_ = ServerProcess(repository, tmp_path, "--target", str(broken), "--compilation-cache", "none")
+    output = server_.process.communicate(timeout=120)[0]
+    assert server_.process.returncode != 0
+    assert "model.safetensors" in output
