@@ -192,9 +192,8 @@ class Service:
 
     async def health(self) -> Response:
         """Tell whether the process lives."""
-        failure = self.engine.status().failure
-        if failure is not None:
-            raise ApiError(503, f"the engine has failed: {failure}", code="engine_failed")
+        if self.engine.status().failure is not None:
+            raise ApiError(503, "the engine has failed", code="engine_failed")
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import threading
 
 import pytest
 
+from domino_jax.records import TokenEvent
 from tests.serving.byte_codec import ByteCodec
 from tests.serving.fake_engine import FakeEngine
 
@@ -217,6 +219,22 @@ def test_an_engine_that_raises_on_submit_is_a_fault_of_the_server(serve):
     server = serve(engine)
     check(server.chat(), 500, "log")
     assert server.service.router.num_open == 0
+
+
+def test_an_engine_that_ends_without_answering(serve):
+    engine, ends = FakeEngine(), threading.Event()
+    server = serve(engine)
+
+    def hang(row):
+        engine._failure = "the device is lost"
+        ends.wait(20)
+        return TokenEvent(row.request.request_id, finish_reason="error")
+
+    engine._run_round = hang
+    check(server.chat(), 500, "the engine has failed")
+    ends.set()
+    server.thread.join(5)
+    assert not server.thread.is_alive() and server.server.has_failed
 
 
 def test_a_failed_row_fails_its_request_alone(serve):

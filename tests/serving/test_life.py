@@ -75,6 +75,21 @@ def start(repository):
             one.process.communicate()
 
 
+def test_an_engine_that_hangs_does_not_keep_the_server(serve, monkeypatch):
+    from domino_jax.serving import api
+    from tests.serving.fake_engine import FakeEngine
+
+    engine, ends = FakeEngine(), threading.Event()
+    stop = engine.stop
+    engine.stop = lambda: ends.wait(20) and stop()
+    monkeypatch.setattr(api, "_STOP_TIMEOUT_S", 0.2)
+    server = serve(engine)
+    server.server.should_exit = True
+    server.thread.join(5)
+    assert not server.thread.is_alive()
+    ends.set()
+
+
 def test_addresses_that_cannot_be_used():
     from domino_jax.serving.http_server import bind_socket
 

@@ -20,7 +20,7 @@ def build_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(["hello world é 😀 " * 20], trainer)
-    return tokenizer
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 TOKENIZER = build_tokenizer()
