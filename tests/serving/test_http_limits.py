@@ -83,11 +83,11 @@ def test_a_refused_body_that_drips_on_is_cut(server):
 @pytest.mark.parametrize("length", [3000, 10_000, 200_000])
 def test_a_large_head_is_refused(server, length):
     with connect(server) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nA: " + b"x" * length + b"\r\n\r\n")
-        connection.shutdown(socket.SHUT_WR)
         try:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nA: " + b"x" * length + b"\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
             answer = read_all(connection)
-        except ConnectionResetError:
+        except OSError:
             assert length > 100_000  # closed with bytes unread
             return
         if length < 4096:

@@ -18,15 +18,18 @@ async def storm(url, count, n):
     async with httpx.AsyncClient(base_url=url, timeout=20, limits=limits) as client:
 
         async def one(number):
-            kind = ("whole", "leave", "leave_early", "stop", "stream", "bad")[number % 6]
+            kind = ("whole", "leave", "leave_early", "stop", "stream", "bad", "slow")[number % 7]
             body = {**BODY, "seed": number, "n": n}
             await asyncio.sleep(rng.random() * 2)
             path = "/v1/chat/completions"
             try:
                 if kind == "bad":
                     status = (await client.post(path, json={**body, "temperature": -1})).status_code
-                elif kind in ("whole", "stop"):
-                    extra = {"stop": ["a", "e"]} if kind == "stop" else {}
+                elif kind in ("whole", "stop", "slow"):
+                    # 400 tokens take longer than the deadline even alone.
+                    extra = {"stop": {"stop": ["a", "e"]}, "slow": {"max_tokens": 400, "ignore_eos": True}}.get(
+                        kind, {}
+                    )
                     status = (await client.post(path, json={**body, **extra})).status_code
                 elif kind == "leave_early":
                     await asyncio.wait_for(client.post(path, json=body), rng.random() * 0.05)
