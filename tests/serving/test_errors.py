@@ -161,6 +161,14 @@ def test_a_template_that_refuses(server):
     check(server.chat(chat_template_kwargs={"fails": True}), 400, "roles must alternate", param="messages")
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "add_generation_prompt", "conversation"])
+def test_a_request_brings_no_template_of_its_own(server, name):
+    messages = [{"role": "user", "content": "hi"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        body = {"messages": messages, "chat_template_kwargs": {name: "{{ 1 }}", "enable_thinking": True}}
+        check(server.client.post(path, json=body), 400, name, param=f"chat_template_kwargs.{name}")
+
+
 def test_large_input_is_not_echoed(server):
     for response in (
         server.chat(model="m" * 100_000),

@@ -54,7 +54,12 @@ def test_ids_without_a_token_have_no_bytes():
 def test_a_failing_template_tells_why():
     import jinja2
 
-    for error in (jinja2.TemplateError("roles must alternate"), KeyError("x"), ZeroDivisionError("no")):
+    for error in (
+        jinja2.TemplateError("roles must alternate"),
+        KeyError("x"),
+        ZeroDivisionError("no"),
+        RecursionError("deep"),
+    ):
 
         def render(messages, extra, error=error):
             raise error
