@@ -62,7 +62,7 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
 RESERVED_TEMPLATE_NAMES = frozenset(
     {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
      "messages", "padding", "processor_kwargs", "return_assistant_tokens_mask", "return_dict", "return_tensors",
-     "tokenize", "tokenizer_kwargs", "tools", "truncation"}
+     "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation"}
 )  # fmt: skip
 
 # Fields that change nothing about the answer; accepted in silence.

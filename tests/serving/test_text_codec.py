@@ -73,3 +73,14 @@ def test_a_tokenizer_of_another_kind_is_refused():
     tokenizer.decoder = decoders.Metaspace()
     with pytest.raises(TextCodecError, match="Metaspace"):
         ByteLevelCodec(tokenizer, lambda m, e: "", [])
+
+
+def test_no_argument_of_the_renderer_can_be_given_as_a_template_variable():
+    import inspect
+
+    import transformers
+
+    from domino_jax.serving.request_types import RESERVED_TEMPLATE_NAMES
+
+    arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(arguments) - {"self", "kwargs"} <= RESERVED_TEMPLATE_NAMES
