@@ -74,7 +74,7 @@ class Answer:
             wait_s = self.metrics.estimate_wait_s(status.num_waiting, status.num_running)
             raise ApiError(
                 429,
-                f"the queue is full ({status.num_waiting} requests wait); try again in {wait_s} s",
+                f"the queue has no room for {len(self.plan.requests)} more; try again in {wait_s} s",
                 code="queue_full",
                 headers={"Retry-After": str(wait_s)},
             ) from error

@@ -29,6 +29,7 @@ from domino_jax.serving.metrics import ServerMetrics
 from domino_jax.serving.page_policy import make_policy, read_page
 from domino_jax.serving.request_plan import Planner, Prompt, RequestPlan, check_ids, messages_for_template
 from domino_jax.serving.request_types import (
+    RESERVED_TEMPLATE_NAMES,
     ChatBody,
     CompletionBody,
     DetokenizeBody,
@@ -192,9 +193,8 @@ class Service:
 
     async def health(self) -> Response:
         """Tell whether the process lives."""
-        failure = self.engine.status().failure
-        if failure is not None:
-            raise ApiError(503, f"the engine has failed: {failure}", code="engine_failed")
+        if self.engine.status().failure is not None:
+            raise ApiError(503, "the engine has failed", code="engine_failed")
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
@@ -240,6 +240,9 @@ class Service:
 
     async def _encode_chat(self, messages: Sequence[Message], template_kwargs: dict | None) -> list[int]:
         rows = messages_for_template(messages, self.settings)
+        for name in sorted(RESERVED_TEMPLATE_NAMES.intersection(template_kwargs or ())):
+            where = f"chat_template_kwargs.{name}"
+            raise ApiError(400, f"{where} is not supported; leave it out", where, "unsupported_parameter")
         try:
             return await asyncio.to_thread(self.codec.encode_chat, rows, template_kwargs or {})
         except ValueError as error:

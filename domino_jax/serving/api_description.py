@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from domino_jax.serving.request_types import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from domino_jax.serving.response_types import ChatChunk, CompletionChunk, ErrorAnswer, describe_stream
+from domino_jax.serving.response_types import ChatChunk, CompletionChunk, ErrorAnswer
 
 _REF = "#/components/schemas/{model}"
 _BODIES: Sequence[type[BaseModel]] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)
@@ -42,9 +42,16 @@ def describe_answers(
     if answer is not None:
         fine["model"] = answer
     if chunk is not None:
-        fine["content"] = describe_stream(chunk)
+        fine["content"] = {"text/event-stream": {"itemSchema": _describe_event(chunk)}}
     errors = {status: {"model": ErrorAnswer, "description": _ERRORS[status]} for status in (*_ALWAYS, *statuses)}
     return {200: fine, **errors}
+
+
+def _describe_event(chunk: type[BaseModel]) -> dict[str, Any]:
+    forms = [{"$ref": _REF.format(model=form.__name__)} for form in (chunk, ErrorAnswer)]
+    json_data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": forms}}
+    data = {"anyOf": [{"const": "[DONE]"}, json_data]}
+    return {"type": "object", "properties": {"data": data}, "required": ["data"]}
 
 
 def describe_body_route(

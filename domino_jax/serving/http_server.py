@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -34,15 +35,36 @@ _ABORT_GRACE_S = 5.0
 
 
 def run_server(app: FastAPI, host: str, port: int, log_level: int = logging.INFO) -> int:
-    """Serve an app of `create_app` on `host` and `port` until a signal or the engine's end; return the exit status."""
+    """Serve an app of `create_app` on `host` and `port` until a signal or the engine's end; return the exit status.
+
+    Port 0 takes any free one; the line `listening` of the log tells which.
+
+    Raises:
+        OSError: the address cannot be used; nothing has been started.
+    """
     start_logging(log_level)
     service: Service = app.state.service
-    warn_if_exposed(host, service.settings)
-    server = DrainingServer(make_config(app, host, port), service)
-    server.run()
-    if not server.started:
-        return EXIT_FAILED
-    return EXIT_FAILED if server.has_failed else EXIT_DONE
+    with bind_socket(host, port) as listener:
+        warn_if_exposed(host, service.settings)
+        log_event("listening", host=host, port=listener.getsockname()[1], pid=os.getpid())
+        server = DrainingServer(make_config(app), service)
+        server.run(sockets=[listener])
+    return EXIT_DONE if server.started and not server.has_failed else EXIT_FAILED
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """Return a listening socket.
+
+    Raises:
+        OSError: the address is in use, unknown or not allowed; the message names it.
+    """
+    advice = "choose another --host or --port"
+    if not 0 <= port <= 65535:
+        raise OSError(f"cannot listen on {host} port {port}: ports are 0 .. 65535; {advice}")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot listen on {host} port {port}: {error.strerror}; {advice}") from error
 
 
 def warn_if_exposed(host: str, settings: ApiSettings) -> None:
@@ -56,13 +78,11 @@ def warn_if_exposed(host: str, settings: ApiSettings) -> None:
         )
 
 
-def make_config(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+def make_config(app: FastAPI) -> uvicorn.Config:
     """Return uvicorn's configuration: limits and deadlines of the app's settings, no log of its own."""
     settings: ApiSettings = app.state.service.settings
     return uvicorn.Config(
         app,
-        host=host,
-        port=port,
         http=_protocol_type(settings),
         ws="none",
         lifespan="on",

@@ -91,6 +91,7 @@ class ServerMetrics:
         self._draft = Histogram(
             "domino_draft_step_seconds", "Drafting, a round.", buckets=_FAST_S, registry=self.registry
         )
+        self._accepted_by_position: list[Counter] = []
         self._recent_whole_s = 0.0
 
     def _counter(self, name: str, text: str) -> Counter:
@@ -130,7 +131,13 @@ class ServerMetrics:
             self._draft_tokens.inc(event.num_draft_tokens)
             self._accepted.inc(event.acceptance_len - 1)
             for position in range(event.acceptance_len - 1):
-                self._accepted_at.labels(self._model_id, str(position)).inc()
+                self._count_accepted_at(position)
+
+    def _count_accepted_at(self, position: int) -> None:
+        while position >= len(self._accepted_by_position):
+            place = str(len(self._accepted_by_position))
+            self._accepted_by_position.append(self._accepted_at.labels(self._model_id, place))
+        self._accepted_by_position[position].inc()
 
     def count_end(self, reason: str, whole_s: float) -> None:
         """Record a choice's end: `stop`, `length`, `abort` or `error`."""

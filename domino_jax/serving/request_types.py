@@ -57,6 +57,14 @@ UNSUPPORTED_FIELDS: dict[str, tuple[Any, ...]] = {
     "return_token_ids": _NOTHING,
 }
 
+# Names in `chat_template_kwargs` that are no variables of a template but arguments of what renders it: with them a
+# request would bring a template of its own, or change what comes out.
+RESERVED_TEMPLATE_NAMES = frozenset(
+    {"add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "max_length",
+     "messages", "padding", "processor_kwargs", "return_assistant_tokens_mask", "return_dict", "return_tensors",
+     "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "tools", "truncation"}
+)  # fmt: skip
+
 # Fields that change nothing about the answer; accepted in silence.
 INERT_FIELDS = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",

@@ -1,6 +1,6 @@
 """Forms of answers, for the OpenAPI description; the answers themselves are written without them (`answer_json`)."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -232,9 +232,3 @@ class StatusAnswer(_Answer):
     """State of the server."""
 
     status: Literal["ok", "ready"]
-
-
-def describe_stream(chunk: type[BaseModel]) -> dict[str, Any]:
-    """Return the OpenAPI content of an event stream of `chunk`s."""
-    text = f"Lines `data: {{...}}` with a {chunk.__name__} or an ErrorAnswer each, then `data: [DONE]`."
-    return {"text/event-stream": {"schema": {"type": "string", "description": text}}}

@@ -15,6 +15,10 @@ from tokenizers import Tokenizer, decoders
 RenderChat = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], str]
 """Writes messages as the model's prompt; takes the template's further variables, such as `enable_thinking`."""
 
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+)  # fmt: skip
+
 
 class TextCodecError(ValueError):
     """A text, chat or tokenizer that cannot be used; the message says what is wrong with it."""
@@ -90,7 +94,7 @@ class ByteLevelCodec:
         """
         try:
             prompt = self._render_chat(messages, template_kwargs)
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise TextCodecError(f"the chat template failed on this chat: {str(error)[:200]}") from error
         return self.encode_text(prompt, add_special_tokens=False)
 

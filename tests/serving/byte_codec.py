@@ -1,7 +1,16 @@
 """A codec whose ids 0 .. 255 are bytes, 256 .. 299 special tokens and words; its chat form is plain lines."""
 
 EOS = 256
-WORDS = {260: b"Hello", 261: b" world", 262: "é".encode(), 263: "\U0001f600".encode(), 264: b"</s", 265: b"top>"}
+WORDS = {
+    260: b"Hello",
+    261: b" world",
+    262: "é".encode(),
+    263: "\U0001f600".encode(),
+    264: b"</s",
+    265: b"top>",
+    266: b"abca",
+    267: b"bcab",
+}
 
 
 class ByteCodec:

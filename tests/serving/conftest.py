@@ -78,7 +78,7 @@ def serve_module():
 def start_servers():
     """Start servers: `serve(engine, **api_settings)`; `FakeEngine` settings may be given as `engine_settings`."""
     from domino_jax.serving.api import create_app
-    from domino_jax.serving.http_server import DrainingServer, make_config
+    from domino_jax.serving.http_server import DrainingServer, bind_socket, make_config
     from domino_jax.serving.settings import ApiSettings
     from tests.serving.byte_codec import ByteCodec
     from tests.serving.fake_engine import FakeEngine
@@ -87,8 +87,9 @@ def start_servers():
 
         def start(engine=None, codec=None, **settings):
             app = create_app(engine or FakeEngine(), codec or ByteCodec(), ApiSettings("fake", **settings))
-            server = DrainingServer(make_config(app, "127.0.0.1", 0), app.state.service)
-            thread = threading.Thread(target=server.run, daemon=True)
+            server = DrainingServer(make_config(app), app.state.service)
+            listener = bind_socket("127.0.0.1", 0)
+            thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
             thread.start()
 
             def stop():

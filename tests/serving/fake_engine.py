@@ -141,7 +141,8 @@ class FakeEngine:
 
     def _work(self):
         if self.settings.load_s:
-            time.sleep(self.settings.load_s)
+            with self._lock:
+                self._lock.wait_for(lambda: self._stops, self.settings.load_s)
             self._ready = True
         while True:
             with self._lock:

@@ -49,7 +49,11 @@ def main():
         header_timeout_s=flags.header_timeout_s,
         body_timeout_s=flags.body_timeout_s,
     )
-    return run_server(create_app(engine, ByteCodec(), settings), flags.host, flags.port)
+    try:
+        return run_server(create_app(engine, ByteCodec(), settings), flags.host, flags.port)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 import json
 import logging
+import threading
 
 import pytest
 
+from domino_jax.records import TokenEvent
 from tests.serving.byte_codec import ByteCodec
 from tests.serving.fake_engine import FakeEngine
 
@@ -159,6 +161,14 @@ def test_a_template_that_refuses(server):
     check(server.chat(chat_template_kwargs={"fails": True}), 400, "roles must alternate", param="messages")
 
 
+@pytest.mark.parametrize("name", ["chat_template", "tokenize", "tools", "add_generation_prompt", "conversation"])
+def test_a_request_brings_no_template_of_its_own(server, name):
+    messages = [{"role": "user", "content": "hi"}]
+    for path in ("/v1/chat/completions", "/tokenize"):
+        body = {"messages": messages, "chat_template_kwargs": {name: "{{ 1 }}", "enable_thinking": True}}
+        check(server.client.post(path, json=body), 400, name, param=f"chat_template_kwargs.{name}")
+
+
 def test_large_input_is_not_echoed(server):
     for response in (
         server.chat(model="m" * 100_000),
@@ -217,6 +227,22 @@ def test_an_engine_that_raises_on_submit_is_a_fault_of_the_server(serve):
     server = serve(engine)
     check(server.chat(), 500, "log")
     assert server.service.router.num_open == 0
+
+
+def test_an_engine_that_ends_without_answering(serve):
+    engine, ends = FakeEngine(), threading.Event()
+    server = serve(engine)
+
+    def hang(row):
+        engine._failure = "the device is lost"
+        ends.wait(20)
+        return TokenEvent(row.request.request_id, finish_reason="error")
+
+    engine._run_round = hang
+    check(server.chat(), 500, "the engine has failed")
+    ends.set()
+    server.thread.join(5)
+    assert not server.thread.is_alive() and server.server.has_failed
 
 
 def test_a_failed_row_fails_its_request_alone(serve):

@@ -20,7 +20,7 @@ def build_tokenizer():
         show_progress=False,
     )
     tokenizer.train_from_iterator(["hello world é 😀 " * 20], trainer)
-    return tokenizer
+    return Tokenizer.from_str(tokenizer.to_str())
 
 
 TOKENIZER = build_tokenizer()
@@ -54,7 +54,12 @@ def test_ids_without_a_token_have_no_bytes():
 def test_a_failing_template_tells_why():
     import jinja2
 
-    for error in (jinja2.TemplateError("roles must alternate"), KeyError("x"), ZeroDivisionError("no")):
+    for error in (
+        jinja2.TemplateError("roles must alternate"),
+        KeyError("x"),
+        ZeroDivisionError("no"),
+        RecursionError("deep"),
+    ):
 
         def render(messages, extra, error=error):
             raise error
@@ -68,3 +73,14 @@ def test_a_tokenizer_of_another_kind_is_refused():
     tokenizer.decoder = decoders.Metaspace()
     with pytest.raises(TextCodecError, match="Metaspace"):
         ByteLevelCodec(tokenizer, lambda m, e: "", [])
+
+
+def test_no_argument_of_the_renderer_can_be_given_as_a_template_variable():
+    import inspect
+
+    import transformers
+
+    from domino_jax.serving.request_types import RESERVED_TEMPLATE_NAMES
+
+    arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
+    assert set(arguments) - {"self", "kwargs"} <= RESERVED_TEMPLATE_NAMES

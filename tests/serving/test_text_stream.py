@@ -12,7 +12,7 @@ from domino_jax.serving.text_stream import StopRules, TextStream
 from tests.serving.byte_codec import EOS, ByteCodec
 
 CODEC = ByteCodec()
-TOKENS = st.sampled_from([*b"aab", *b"c\n", 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 257, *range(260, 266)])
+TOKENS = st.sampled_from([*b"aab", *b"c\n", 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 257, *range(260, 268)])
 STOPS = st.lists(st.text("abc\né\ufffd<", min_size=1, max_size=4), max_size=3)
 
 
@@ -170,11 +170,24 @@ def test_an_incomplete_letter_waits_and_is_told_as_broken_at_the_end():
 def test_of_two_stop_strings_the_first_complete_one_ends_the_text():
     assert run([list(b"xabcd")], strings=("abcd", "bc")).text == "xa"
     assert run([list(b"xabcd")], strings=("bc", "abc")).text == "x"
+    # Both are complete in one token; "bc" is so a letter earlier, "abca" begins earlier.
+    assert run([[266]], strings=("abca", "bc")).text == "a"
 
 
 def test_a_stop_string_counts_only_after_min_tokens():
     assert run([list(b"ab ab ab")], "length", strings=("ab",), min_tokens=2).text == "ab "
     assert run([list(b"ab ab ab")], "length", strings=("ab",), min_tokens=1).text == ""
+
+
+def test_a_stop_string_that_does_not_count_yet_is_not_held_back():
+    stream = TextStream(CODEC.token_bytes, frozenset(), StopRules(("ab", "xyz"), min_tokens=5))
+    assert stream.add(list(b"ab")).text == "ab"
+
+
+@pytest.mark.parametrize("include, text", [(False, "xy"), (True, "xyc")])
+def test_a_stop_id_that_is_text_is_left_out_of_it_unless_asked_for(include, text):
+    choice = run([list(b"xyc")], "stop", include_stop=include)
+    assert (choice.text, choice.num_tokens, choice.finish_reason) == (text, 3, "stop")
 
 
 def test_stop_text_stays_on_request():

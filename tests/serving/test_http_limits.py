@@ -1,0 +1,128 @@
+"""Slow, large and broken HTTP, from a raw socket."""
+
+import json
+import socket
+import time
+
+import pytest
+
+from tests.serving.fake_engine import FakeEngine
+
+BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+def connect(server):
+    return socket.create_connection(("127.0.0.1", server.port), timeout=5)
+
+
+def read_all(connection):
+    parts = []
+    while True:
+        part = connection.recv(65536)
+        if not part:
+            return b"".join(parts)
+        parts.append(part)
+
+
+def check(answer, status):
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(f"HTTP/1.1 {status} ".encode()), answer
+    assert b"x-request-id" in head.lower()
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+@pytest.fixture(scope="module")
+def server(serve_module):
+    limits = {"header_timeout_s": 0.3, "body_timeout_s": 0.3, "max_header_bytes": 4096, "write_timeout_s": 0.3}
+    return serve_module(FakeEngine(script=[*b"y" * 400]), **limits)
+
+
+def test_a_connection_that_says_nothing_is_closed(server):
+    with connect(server) as connection:
+        check(read_all(connection), 408)
+
+
+def test_a_head_that_drips_is_cut(server):
+    began_s = time.monotonic()
+    with connect(server) as connection:
+        for byte in HEAD[:20]:
+            try:
+                connection.send(bytes([byte]))
+            except OSError:
+                break
+            time.sleep(0.03)
+        check(read_all(connection), 408)
+    assert time.monotonic() - began_s < 2
+
+
+def test_a_second_head_that_drips_is_cut(server):
+    with connect(server) as connection:
+        connection.send(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.send(b"GET /hea")
+        check(read_all(connection), 408)
+
+
+def test_a_body_that_does_not_come_is_cut(server):
+    with connect(server) as connection:
+        connection.send(HEAD + b"Content-Length: 100\r\n\r\n" + BODY[:5])
+        check(read_all(connection), 408)
+
+
+def test_a_refused_body_that_drips_on_is_cut(server):
+    with connect(server) as connection:
+        connection.send(b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n")
+        began_s = time.monotonic()
+        with pytest.raises(OSError):
+            while time.monotonic() < began_s + 3:
+                connection.send(b"x")
+                time.sleep(0.02)
+
+
+@pytest.mark.parametrize("length", [3000, 10_000, 200_000])
+def test_a_large_head_is_refused(server, length):
+    with connect(server) as connection:
+        try:
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nA: " + b"x" * length + b"\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            answer = read_all(connection)
+        except OSError:
+            assert length > 100_000  # closed with bytes unread
+            return
+        if length < 4096:
+            assert answer.startswith(b"HTTP/1.1 200")
+        else:
+            check(answer, 431)
+
+
+@pytest.mark.parametrize("raw", [b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00" * 4 + b"\r\n\r\n",
+                                 b"GET /health HTTP/1.1\r\nHost: a\r\nContent-Length: x\r\n\r\n",
+                                 b"POST /tokenize HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n"
+                                 b"Content-Length: 5\r\n\r\nhello"])  # fmt: skip
+def test_what_is_no_http_is_refused(server, raw):
+    with connect(server) as connection:
+        connection.sendall(raw)
+        check(read_all(connection), 400)
+
+
+def test_requests_on_one_connection(server):
+    with connect(server) as connection:
+        one = HEAD + f"Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY
+        connection.sendall(one * 3 + b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+        answer = read_all(connection)
+    assert answer.count(b"HTTP/1.1 200") == 4
+
+
+def test_a_client_that_does_not_read_is_dropped(serve):
+    engine = FakeEngine(script=[*b"y" * 12_000], rounds=(1,), max_model_len=16_000)
+    server = serve(engine, write_timeout_s=0.3)
+    body = json.dumps({"prompt": "x", "stream": True, "return_token_sources": True, "logprobs": 5}).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        server.wait_until_idle(20)
+        time.sleep(0.5)
+    assert server.chat(max_tokens=1).status_code == 200
+    assert server.metric("vllm:request_success_total", finished_reason="abort") == 1
