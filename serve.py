@@ -72,7 +72,7 @@ def _run(args: argparse.Namespace) -> int:
     # Imported after the command line is read: jax takes seconds.
     from domino_jax.runs import server
     from domino_jax.serving.engine_config import EngineConfig
-    from domino_jax.serving.settings import ApiSettings
+    from domino_jax.serving.http.settings import ApiSettings
 
     server.use_compilation_cache(args.compilation_cache)
     if args.target:

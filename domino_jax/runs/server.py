@@ -33,13 +33,13 @@ from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.training_run import find_target
-from domino_jax.serving.api import create_app
 from domino_jax.serving.engine import SlotEngine
 from domino_jax.serving.engine_config import EngineConfig, plan_ladders
-from domino_jax.serving.http_server import run_server
+from domino_jax.serving.http.api import create_app
+from domino_jax.serving.http.http_server import run_server
+from domino_jax.serving.http.settings import ApiSettings
+from domino_jax.serving.http.text_codec import ByteLevelCodec
 from domino_jax.serving.memory_plan import MemoryPlan, find_memory_limit, plan_memory, require_fit
-from domino_jax.serving.settings import ApiSettings
-from domino_jax.serving.text_codec import ByteLevelCodec
 
 _USUAL_SLOTS = (32, 16, 8, 4, 2, 1)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from domino_jax.serving.errors import ApiError
-from domino_jax.serving.json_log import log_event
-from domino_jax.serving.settings import ApiSettings
+from domino_jax.serving.http.errors import ApiError
+from domino_jax.serving.http.json_log import log_event
+from domino_jax.serving.http.settings import ApiSettings
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN_PATHS = frozenset({"/", "/health"})

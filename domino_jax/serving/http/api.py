@@ -15,20 +15,20 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 import domino_jax
-from domino_jax.serving.answer import Answer, unavailable
-from domino_jax.serving.answer_json import AnswerForm, ChatForm, CompletionForm, to_text
-from domino_jax.serving.api_description import describe_answers, describe_api, describe_body_route
-from domino_jax.serving.body_reader import BodyReader
 from domino_jax.serving.contract import Engine
-from domino_jax.serving.errors import ApiError, shorten
-from domino_jax.serving.event_router import EventRouter
-from domino_jax.serving.event_stream import EventStream, watch_disconnect
-from domino_jax.serving.http_guard import HttpGuard
-from domino_jax.serving.json_log import log_event
-from domino_jax.serving.metrics import ServerMetrics
-from domino_jax.serving.page_policy import make_policy, read_page
-from domino_jax.serving.request_plan import Planner, Prompt, RequestPlan, check_ids, messages_for_template
-from domino_jax.serving.request_types import (
+from domino_jax.serving.http.answer import Answer, unavailable
+from domino_jax.serving.http.answer_json import AnswerForm, ChatForm, CompletionForm, to_text
+from domino_jax.serving.http.api_description import describe_answers, describe_api, describe_body_route
+from domino_jax.serving.http.body_reader import BodyReader
+from domino_jax.serving.http.errors import ApiError, shorten
+from domino_jax.serving.http.event_router import EventRouter
+from domino_jax.serving.http.event_stream import EventStream, watch_disconnect
+from domino_jax.serving.http.http_guard import HttpGuard
+from domino_jax.serving.http.json_log import log_event
+from domino_jax.serving.http.metrics import ServerMetrics
+from domino_jax.serving.http.page_policy import make_policy, read_page
+from domino_jax.serving.http.request_plan import Planner, Prompt, RequestPlan, check_ids, messages_for_template
+from domino_jax.serving.http.request_types import (
     RESERVED_TEMPLATE_NAMES,
     ChatBody,
     CompletionBody,
@@ -36,7 +36,7 @@ from domino_jax.serving.request_types import (
     Message,
     TokenizeBody,
 )
-from domino_jax.serving.response_types import (
+from domino_jax.serving.http.response_types import (
     ChatAnswer,
     ChatChunk,
     CompletionAnswer,
@@ -47,8 +47,8 @@ from domino_jax.serving.response_types import (
     StatusAnswer,
     TokenizeAnswer,
 )
-from domino_jax.serving.settings import ApiSettings
-from domino_jax.serving.text_codec import TextCodec
+from domino_jax.serving.http.settings import ApiSettings
+from domino_jax.serving.http.text_codec import TextCodec
 
 _STOP_TIMEOUT_S = 10.0
 

@@ -8,8 +8,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from domino_jax.serving.request_types import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
-from domino_jax.serving.response_types import ChatChunk, CompletionChunk, ErrorAnswer
+from domino_jax.serving.http.request_types import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from domino_jax.serving.http.response_types import ChatChunk, CompletionChunk, ErrorAnswer
 
 _REF = "#/components/schemas/{model}"
 _BODIES: Sequence[type[BaseModel]] = (ChatBody, CompletionBody, TokenizeBody, DetokenizeBody)

@@ -3,7 +3,7 @@
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.fake_engine import FakeEngine
 
 NAMES = [
     "vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:prompt_tokens_total",
@@ -55,7 +55,7 @@ def test_what_they_count(serve):
 
 def test_a_call_is_split_into_rounds_and_their_parts():
     from domino_jax.serving.contract import CallTimes
-    from domino_jax.serving.metrics import ServerMetrics
+    from domino_jax.serving.http.metrics import ServerMetrics
 
     metrics = ServerMetrics(FakeEngine(), "m")
     metrics.observe_call(CallTimes(4, 0.8, 0.25))
@@ -68,7 +68,7 @@ def test_a_call_is_split_into_rounds_and_their_parts():
 
 
 def test_the_wait_told_with_a_full_queue_is_bounded():
-    from domino_jax.serving.metrics import ServerMetrics
+    from domino_jax.serving.http.metrics import ServerMetrics
 
     metrics = ServerMetrics(FakeEngine(), "m")
     assert metrics.estimate_wait_s(10, 1) == 1

@@ -8,11 +8,11 @@ from typing import Any
 from domino_jax.config import SamplingConfig
 from domino_jax.records import Penalties, Request
 from domino_jax.serving.contract import Engine
-from domino_jax.serving.errors import ApiError, shorten
-from domino_jax.serving.request_types import ChatBody, CompletionBody, GenerationBody, Message
-from domino_jax.serving.settings import ApiSettings
-from domino_jax.serving.text_codec import TextCodec
-from domino_jax.serving.text_stream import StopRules, TextStream
+from domino_jax.serving.http.errors import ApiError, shorten
+from domino_jax.serving.http.request_types import ChatBody, CompletionBody, GenerationBody, Message
+from domino_jax.serving.http.settings import ApiSettings
+from domino_jax.serving.http.text_codec import TextCodec
+from domino_jax.serving.http.text_stream import StopRules, TextStream
 
 _MAX_SEED = 2**32
 

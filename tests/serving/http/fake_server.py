@@ -1,16 +1,16 @@
-"""Serves a fake engine: python tests/serving/fake_server.py --port 8123 (for the page, curl and tests)."""
+"""Serves a fake engine: python tests/serving/http/fake_server.py --port 8123 (for the page, curl and tests)."""
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from domino_jax.serving.api import create_app
-from domino_jax.serving.http_server import run_server
-from domino_jax.serving.settings import ApiSettings
-from tests.serving.byte_codec import ByteCodec
-from tests.serving.fake_engine import FakeEngine, FakeSettings
+from domino_jax.serving.http.api import create_app
+from domino_jax.serving.http.http_server import run_server
+from domino_jax.serving.http.settings import ApiSettings
+from tests.serving.http.byte_codec import ByteCodec
+from tests.serving.http.fake_engine import FakeEngine, FakeSettings
 
 TEXT = (
     "Of course. Here is a **short** answer with <b>markup</b> that must stay text, an accent (é), an emoji (😀) "

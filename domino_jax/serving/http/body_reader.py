@@ -8,10 +8,10 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 from starlette.requests import ClientDisconnect, Request
 
-from domino_jax.serving.errors import ApiError, shorten
-from domino_jax.serving.json_log import log_event
-from domino_jax.serving.request_types import INERT_FIELDS, UNSUPPORTED_FIELDS, Body
-from domino_jax.serving.settings import ApiSettings
+from domino_jax.serving.http.errors import ApiError, shorten
+from domino_jax.serving.http.json_log import log_event
+from domino_jax.serving.http.request_types import INERT_FIELDS, UNSUPPORTED_FIELDS, Body
+from domino_jax.serving.http.settings import ApiSettings
 
 _BodyT = TypeVar("_BodyT", bound=Body)
 _MAX_WARNED = 256

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.serving.byte_codec import EOS
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.byte_codec import EOS
+from tests.serving.http.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 IDS = list(b"Hello world, STOP it")

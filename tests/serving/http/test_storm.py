@@ -6,7 +6,7 @@ import random
 import httpx
 import pytest
 
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.fake_engine import FakeEngine
 
 BODY = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 60}
 

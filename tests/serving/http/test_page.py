@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.serving.page_server import BLOCK, Behaviour, PageServer
+from tests.serving.http.page_server import BLOCK, Behaviour, PageServer
 
-PAGE = Path(__file__).resolve().parents[2] / "domino_jax" / "serving" / "page" / "index.html"
+PAGE = Path(__file__).resolve().parents[3] / "domino_jax" / "serving" / "http" / "page" / "index.html"
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

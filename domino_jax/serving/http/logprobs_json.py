@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from domino_jax.records import TokenLogprobs
-from domino_jax.serving.text_codec import TextCodec
+from domino_jax.serving.http.text_codec import TextCodec
 
 _LOWEST = -9999.0
 """Stands for minus infinity, which JSON lacks; as vLLM writes it."""

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from domino_jax.records import TokenEvent, TokenLogprobs
-from domino_jax.serving.draft_counts import DraftCounts
-from domino_jax.serving.text_codec import TextCodec
-from domino_jax.serving.text_stream import StopRules, TextStream
+from domino_jax.serving.http.draft_counts import DraftCounts
+from domino_jax.serving.http.text_codec import TextCodec
+from domino_jax.serving.http.text_stream import StopRules, TextStream
 
 _PUBLIC_REASONS = {"stop": "stop", "length": "length", "context": "length"}
 

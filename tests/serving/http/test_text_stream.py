@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from domino_jax.records import TokenEvent, TokenLogprobs
-from domino_jax.serving.choice import Choice
-from domino_jax.serving.text_stream import StopRules, TextStream
-from tests.serving.byte_codec import EOS, ByteCodec
+from domino_jax.serving.http.choice import Choice
+from domino_jax.serving.http.text_stream import StopRules, TextStream
+from tests.serving.http.byte_codec import EOS, ByteCodec
 
 CODEC = ByteCodec()
 TOKENS = st.sampled_from([*b"aab", *b"c\n", 0xC3, 0xA9, 0xF0, 0x9F, 0x98, 0x80, 0xFF, 257, *range(260, 268)])

@@ -8,9 +8,9 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from domino_jax.records import TokenEvent
-from domino_jax.serving.answer import Answer
-from domino_jax.serving.answer_json import AnswerForm, to_text
-from domino_jax.serving.errors import ApiError
+from domino_jax.serving.http.answer import Answer
+from domino_jax.serving.http.answer_json import AnswerForm, to_text
+from domino_jax.serving.http.errors import ApiError
 
 _HEADERS = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 

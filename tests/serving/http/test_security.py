@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.fake_engine import FakeEngine
 
 SECRET = "my-secret-prompt-9f3"
 
@@ -22,7 +22,7 @@ def server(serve_module):
 @pytest.fixture
 def log_lines(server):
     """The lines that the server writes during a test."""
-    from domino_jax.serving.json_log import JsonFormatter
+    from domino_jax.serving.http.json_log import JsonFormatter
 
     class Keep(logging.Handler):
         def emit(self, record):
@@ -59,7 +59,7 @@ def test_the_page_runs_its_own_code_alone(server):
 
 
 def test_the_policy_of_a_page():
-    from domino_jax.serving.page_policy import PageError, make_policy
+    from domino_jax.serving.http.page_policy import PageError, make_policy
 
     policy = make_policy(b"<style>a{}</style><script>x < 1 && y\r\n</script><script type='module'>z</script>")
     digest = base64.b64encode(hashlib.sha256(b"x < 1 && y\n").digest()).decode()
@@ -110,7 +110,7 @@ def test_log_lines_are_escaped(server, log_lines):
 
 
 def test_messages_of_other_loggers_and_tracebacks_stay_on_one_line():
-    from domino_jax.serving.json_log import JsonFormatter
+    from domino_jax.serving.http.json_log import JsonFormatter
 
     try:
         raise ValueError("line\nbreak")
@@ -125,7 +125,7 @@ def test_messages_of_other_loggers_and_tracebacks_stay_on_one_line():
 
 
 def test_keys_are_not_shown():
-    from domino_jax.serving.settings import ApiSettings
+    from domino_jax.serving.http.settings import ApiSettings
 
     assert "secret-key" not in repr(ApiSettings("m", api_keys=("secret-key",)))
 
@@ -136,7 +136,7 @@ def test_keys_are_not_shown():
 )
 def test_settings_out_of_range(fields):
     from domino_jax.config import ConfigError
-    from domino_jax.serving.settings import ApiSettings
+    from domino_jax.serving.http.settings import ApiSettings
 
     with pytest.raises(ConfigError):
         ApiSettings(**{"model_id": "m", **fields})
@@ -144,8 +144,8 @@ def test_settings_out_of_range(fields):
 
 @pytest.mark.parametrize("host, warns", [("127.0.0.1", False), ("localhost", False), ("::1", False), ("0.0.0.0", True)])
 def test_a_public_address_without_a_key_is_warned_of(log_lines, host, warns):
-    from domino_jax.serving.http_server import warn_if_exposed
-    from domino_jax.serving.settings import ApiSettings
+    from domino_jax.serving.http.http_server import warn_if_exposed
+    from domino_jax.serving.http.settings import ApiSettings
 
     warn_if_exposed(host, ApiSettings("m"))
     assert any("no API key" in line for line in log_lines) == warns

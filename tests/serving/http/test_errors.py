@@ -7,8 +7,8 @@ import threading
 import pytest
 
 from domino_jax.records import TokenEvent
-from tests.serving.byte_codec import ByteCodec
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.byte_codec import ByteCodec
+from tests.serving.http.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -289,6 +289,6 @@ def test_cors_is_closed_unless_opened(serve):
 
 
 def test_the_codec_of_the_tests_is_a_codec():
-    from domino_jax.serving.text_codec import TextCodec
+    from domino_jax.serving.http.text_codec import TextCodec
 
     assert isinstance(ByteCodec(), TextCodec)

@@ -6,8 +6,8 @@ import time
 import httpx
 import pytest
 
-from tests.serving.byte_codec import EOS
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.byte_codec import EOS
+from tests.serving.http.fake_engine import FakeEngine
 
 TEXT = "Hé 😀 world <stop> tail, and some more text after it."
 CHAT = "/v1/chat/completions"

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from domino_jax.records import TokenLogprobs
-from domino_jax.serving.answer import Answer
-from domino_jax.serving.choice import Choice, ChoiceDelta
-from domino_jax.serving.logprobs_json import chat_logprobs, completion_logprobs
+from domino_jax.serving.http.answer import Answer
+from domino_jax.serving.http.choice import Choice, ChoiceDelta
+from domino_jax.serving.http.logprobs_json import chat_logprobs, completion_logprobs
 
 
 @runtime_checkable

@@ -22,10 +22,10 @@ class Process:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "tests/serving/fake_server.py", "--port", str(self.port), *flags]
+        command = [sys.executable, "tests/serving/http/fake_server.py", "--port", str(self.port), *flags]
         environment = os.environ | {"PYTHONPATH": str(repository)}
         self.process = subprocess.Popen(command, cwd=repository, env=environment, stderr=subprocess.PIPE, text=True)
-        ends_s = time.monotonic() + 30
+        ends_s = time.monotonic() + 120
         while time.monotonic() < ends_s and self.process.poll() is None:
             try:
                 httpx.get(f"{self.url}/health")
@@ -36,7 +36,7 @@ class Process:
     def send(self, number=signal.SIGTERM):
         self.process.send_signal(number)
 
-    def end(self, timeout_s=15):
+    def end(self, timeout_s=60):
         self.log = self.process.communicate(timeout=timeout_s)[1]
         return self.process.returncode
 
@@ -76,8 +76,8 @@ def start(repository):
 
 
 def test_an_engine_that_hangs_does_not_keep_the_server(serve, monkeypatch):
-    from domino_jax.serving import api
-    from tests.serving.fake_engine import FakeEngine
+    from domino_jax.serving.http import api
+    from tests.serving.http.fake_engine import FakeEngine
 
     engine, ends = FakeEngine(), threading.Event()
     stop = engine.stop
@@ -91,7 +91,7 @@ def test_an_engine_that_hangs_does_not_keep_the_server(serve, monkeypatch):
 
 
 def test_addresses_that_cannot_be_used():
-    from domino_jax.serving.http_server import bind_socket
+    from domino_jax.serving.http.http_server import bind_socket
 
     for host, port in (("127.0.0.1", 70_000), ("203.0.113.7", 0), ("no.such.host.invalid", 0)):
         with pytest.raises(OSError, match=f"cannot listen on {host} port {port}: .*; choose another"):
@@ -150,7 +150,7 @@ def test_a_failed_engine_answers_and_ends_the_process(start):
 
 def test_a_port_in_use_ends_the_process(start, repository):
     first = start()
-    command = [sys.executable, "tests/serving/fake_server.py", "--port", str(first.port)]
+    command = [sys.executable, "tests/serving/http/fake_server.py", "--port", str(first.port)]
     environment = os.environ | {"PYTHONPATH": str(repository)}
     second = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=30)
     assert second.returncode == 2

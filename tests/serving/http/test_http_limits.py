@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.fake_engine import FakeEngine
 
 BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"

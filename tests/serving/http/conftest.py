@@ -77,11 +77,11 @@ def serve_module():
 @contextlib.contextmanager
 def start_servers():
     """Start servers: `serve(engine, **api_settings)`; `FakeEngine` settings may be given as `engine_settings`."""
-    from domino_jax.serving.api import create_app
-    from domino_jax.serving.http_server import DrainingServer, bind_socket, make_config
-    from domino_jax.serving.settings import ApiSettings
-    from tests.serving.byte_codec import ByteCodec
-    from tests.serving.fake_engine import FakeEngine
+    from domino_jax.serving.http.api import create_app
+    from domino_jax.serving.http.http_server import DrainingServer, bind_socket, make_config
+    from domino_jax.serving.http.settings import ApiSettings
+    from tests.serving.http.byte_codec import ByteCodec
+    from tests.serving.http.fake_engine import FakeEngine
 
     with contextlib.ExitStack() as stack:
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from tests.serving.byte_codec import EOS
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.byte_codec import EOS
+from tests.serving.http.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 
@@ -54,7 +54,7 @@ def test_a_fuzzer_against_a_failing_and_a_full_engine(serve, tmp_path):
 
 
 def test_answers_have_the_described_form(serve):
-    from domino_jax.serving import response_types as types
+    from domino_jax.serving.http import response_types as types
 
     server = serve(FakeEngine(script=[*b"hello", EOS]))
     fields = {"return_metrics": True, "return_token_sources": True, "n": 2}

@@ -5,8 +5,8 @@ import asyncio
 import openai
 import pytest
 
-from tests.serving.byte_codec import EOS
-from tests.serving.fake_engine import FakeEngine
+from tests.serving.http.byte_codec import EOS
+from tests.serving.http.fake_engine import FakeEngine
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 TEXT = "Hello 😀 world"

@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from domino_jax.serving.text_codec import ByteLevelCodec, TextCodecError
-from domino_jax.serving.text_stream import StopRules, TextStream
+from domino_jax.serving.http.text_codec import ByteLevelCodec, TextCodecError
+from domino_jax.serving.http.text_stream import StopRules, TextStream
 
 
 def build_tokenizer():
@@ -80,7 +80,7 @@ def test_no_argument_of_the_renderer_can_be_given_as_a_template_variable():
 
     import transformers
 
-    from domino_jax.serving.request_types import RESERVED_TEMPLATE_NAMES
+    from domino_jax.serving.http.request_types import RESERVED_TEMPLATE_NAMES
 
     arguments = inspect.signature(transformers.PreTrainedTokenizerBase.apply_chat_template).parameters
     assert set(arguments) - {"self", "kwargs"} <= RESERVED_TEMPLATE_NAMES

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from domino_jax.records import TokenEvent
-from domino_jax.serving.choice import Choice, ChoiceDelta
 from domino_jax.serving.contract import EngineUnavailableError, QueueFullError
-from domino_jax.serving.draft_counts import add_up
-from domino_jax.serving.errors import ApiError
-from domino_jax.serving.event_router import EventRouter, Inbox
-from domino_jax.serving.metrics import ServerMetrics
-from domino_jax.serving.request_plan import RequestPlan
-from domino_jax.serving.text_codec import TextCodec
+from domino_jax.serving.http.choice import Choice, ChoiceDelta
+from domino_jax.serving.http.draft_counts import add_up
+from domino_jax.serving.http.errors import ApiError
+from domino_jax.serving.http.event_router import EventRouter, Inbox
+from domino_jax.serving.http.metrics import ServerMetrics
+from domino_jax.serving.http.request_plan import RequestPlan
+from domino_jax.serving.http.text_codec import TextCodec
 
 
 @dataclass

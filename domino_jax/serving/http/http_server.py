@@ -23,11 +23,11 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from domino_jax.serving.api import Service
-from domino_jax.serving.errors import ApiError
-from domino_jax.serving.http_guard import new_request_id
-from domino_jax.serving.json_log import log_event, start_logging
-from domino_jax.serving.settings import ApiSettings
+from domino_jax.serving.http.api import Service
+from domino_jax.serving.http.errors import ApiError
+from domino_jax.serving.http.http_guard import new_request_id
+from domino_jax.serving.http.json_log import log_event, start_logging
+from domino_jax.serving.http.settings import ApiSettings
 
 EXIT_DONE, EXIT_FAILED = 0, 1
 _FAILURE_GRACE_S = 1.0

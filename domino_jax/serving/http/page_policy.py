@@ -36,7 +36,7 @@ class _InlineCode(HTMLParser):
 
 def read_page() -> bytes:
     """Return the page as it lies in the package."""
-    return resources.files("domino_jax.serving").joinpath("page", "index.html").read_bytes()
+    return resources.files("domino_jax.serving.http").joinpath("page", "index.html").read_bytes()
 
 
 def make_policy(page: bytes) -> str:
