@@ -52,8 +52,10 @@ def write_layer(
     """Write T positions of one layer at each row's own `start`.
 
     The caller keeps `start + T` within the cache: a slice that would leave it is moved back by XLA and would
-    overwrite older entries.
+    overwrite older entries. Values that are not finite are stored as 0: a position that a query may not see has weight
+    0, and 0 times NaN would be NaN.
     """
+    values = jnp.where(jnp.isfinite(values), values, 0)
     new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)
     new_values = values.transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
     written_keys = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at)))(
