@@ -268,6 +268,25 @@ def test_cancelled_requests_end_once_and_free_their_slots(driver):
     ]
 
 
+def test_after_a_storm_everything_is_free_again(driver):
+    generator = np.random.default_rng(91)
+    for _ in range(10):
+        requests = [
+            make_request(prompt, int(generator.integers(1, 60)))
+            for prompt in make_prompts(generator.integers(1, 60, 30), seed=int(generator.integers(1000)))
+        ]
+        for request in requests:
+            driver.engine.submit(request)
+        for index in generator.permutation(30)[:20]:
+            driver.engine.cancel(requests[index].request_id)
+        reasons = {driver.wait_for_end(request.request_id).finish_reason for request in requests}
+        assert reasons <= {"cancelled", "length", "context"}
+    status = driver.engine.status()
+    assert (status.num_running, status.num_waiting) == (0, 0)
+    driver.run([make_request([1, 2, 3], 5)])
+    assert driver.engine.status().cache_usage < 0.05
+
+
 def test_a_full_queue_refuses(driver):
     requests = [make_request(prompt, 100) for prompt in make_prompts([5] * 60, seed=61)]
     taken = []
@@ -365,6 +384,25 @@ def test_changing_block_sizes_change_no_text_and_the_draft_finds_its_context_aga
     [alone] = decoder.generate([known], 60 - start + 1)
     assert alone.output_ids == answer.output_ids[start - 1 :]
     assert alone.stats.acceptance_lengths == lengths
+
+
+@pytest.mark.slow
+def test_a_request_among_32_others_is_what_it_is_alone(decoder):
+    """Batches of 1 and 32 rows; every sampling, with and without drafts; texts and acceptance lengths."""
+    driver = EngineDriver(decoder, max_slots=33, batch_sizes=(1,), is_adaptive=False).wait_until_ready()
+    requests = make_mixed_requests(11, seed=101)
+    alone = [driver.run([request])[0] for request in requests]
+    for request, wanted in zip(requests, alone, strict=True):
+        others = [
+            dataclasses.replace(other, use_draft=i % 3 > 0, max_new_tokens=120)
+            for i, other in enumerate(make_mixed_requests(32, seed=len(request.prompt_ids)))
+        ]
+        again = dataclasses.replace(request, request_id=next(_ids))
+        answer = driver.run([*others[:20], again, *others[20:]])[20]
+        assert answer.output_ids == wanted.output_ids
+        assert answer.acceptance_lengths == wanted.acceptance_lengths
+        assert answer.sources == wanted.sources
+    driver.engine.stop()
 
 
 def test_draining_ends_what_was_taken_and_takes_no_more(decoder):
