@@ -9,7 +9,10 @@ Why these values (measurements in docs/log.md):
     target's layer 1, which has learned to look up where the text is being copied from;
   - a block of 12: answers are runs of up to a dozen predictable tokens between names that have to be looked up; gamma
     lies between the published ones for 10 and 16;
-  - warm-up, clipping and curriculum are the published ones, the learning rate is higher as the drafter is narrow.
+  - the base branch learns up to its first mistake only: of all objectives tried the one that raised tau for sure (by
+    0.17, benchmarks/2026-11-25-ablations); a block of 16 may bring more tau, but a round then costs more;
+  - warm-up, clipping and curriculum are the published ones (the curriculum left tau as it was here, and the drafter
+    without its head useful), the learning rate is higher as the drafter is narrow.
 """
 
 from domino_jax.config_flags import choose_variant
@@ -42,7 +45,7 @@ def get_config(variant: str = "") -> RunConfig:
             initial_weights="target",
         ),
         data=DataConfig(max_length=max(corpus.bucket_widths), batch_size=16),
-        objective=ObjectiveConfig(num_anchors=12, loss_decay_gamma=5.7, head_chunk=16),
+        objective=ObjectiveConfig(num_anchors=12, loss_decay_gamma=5.7, head_chunk=16, base_support="accepted"),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_ratio=0.04, clip_norm=1.0),
         train=TrainConfig(
             num_steps=320,
