@@ -12,6 +12,8 @@ Why these values:
   - the mask token 151669 is an id that the tokenizer leaves unused;
   - batches come in four widths, so that only rows of more than 2048 tokens are padded to 3072 (the published recipe
     mixes lengths in a batch; what that does to tau has not been measured here);
+  - the objective is the published one; on the embedded pair objective.base_support=accepted raised tau by 0.17 of 5.4
+    and is tiny.py's default (benchmarks/2026-11-25-ablations), at these sizes it has not been measured;
   - lambda falls from 1 to 0 over the whole run: first a good backbone, then the head on top of it.
 """
 

@@ -3,7 +3,7 @@
 In: the folder of a finished run of the embedded default (its target, its responses, its held-out chats). Out: a row a
 trained drafter (`rows.jsonl`, appended, so that an interrupted run goes on), a table and a plot computed from the rows.
 A drafter is trained by the same step as in a run, on a feature cache below the run's folder, and judged by really
-decoding the held-out prompts. Seeds are paired: data order, anchors and fresh weights of a seed are the same
+decoding the held-out prompts. The baseline is the run's configuration with the published objective. Seeds are paired: data order, anchors and fresh weights of a seed are the same
 for every variant.
 
 Source: Domino, arXiv 2605.29707 (tau 3.62 without a head, 3.96 with one, 4.19 with the curriculum, at equal steps).
@@ -45,6 +45,8 @@ from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import load_target_model
 
 BASELINE = "default"
+PUBLISHED = {"objective.base_support": "block"}
+"""What the baseline takes from the published recipe where the run's own configuration follows what won here."""
 GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "head and curriculum (published: 3.62, 3.96, 4.19)": {
         "no head (DFlash)": {"draft.gru_hidden_dim": 0, "draft.emb_dim": 0},
@@ -179,7 +181,7 @@ def _run_missing(arguments: argparse.Namespace, rows_path: Path) -> None:
     folder = RunFolder(arguments.run)
     if not (folder.target.exists() and folder.responses.exists() and folder.config.exists()):
         raise RunError(f"{arguments.run} holds no target and responses; run `python train.py --config configs/tiny.py`")
-    changes = {"train.num_steps": arguments.steps, "data.batch_size": arguments.batch_size}
+    changes = {"train.num_steps": arguments.steps, "data.batch_size": arguments.batch_size} | PUBLISHED
     base = change_config(from_json_dict(RunConfig, read_json_object(folder.config)), changes)
     if base.corpus is None:
         raise RunError(f"{arguments.run} is not a run of the embedded default: it has no corpus of its own")

@@ -28,7 +28,7 @@ def make_row(variant, seed, tau, **more):
 
 
 def test_every_variant_is_a_configuration_of_its_own(script):
-    base = load_config_file(str(REPOSITORY / "configs" / "tiny.py"))
+    base = script.change_config(load_config_file(str(REPOSITORY / "configs" / "tiny.py")), script.PUBLISHED)
     configs = [
         script.change_config(base, {k: v for k, v in changes.items() if k != "data.train_path"})
         for changes in script.VARIANTS.values()
