@@ -67,14 +67,16 @@ def load_program(path):
 @pytest.mark.parametrize(
     ("page", "programs"),
     [
-        ("README.md", {"bench.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
-        ("benchmarks/README.md", {"scripts/compare_transformers.py"}),
+        ("README.md", {"bench.py", "serve.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
+        ("benchmarks/README.md", {"scripts/compare_transformers.py", "scripts/run_ablations.py"}),
+        ("docs/serving.md", {"serve.py"}),
     ],
 )
 def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
-    commands = [shlex.split(c) for c in shell_commands((repository / page).read_text(encoding="utf-8"))]
-    commands = [words[1:] for words in commands if words[:1] == ["python"] and words[1] != "train.py"]
-    commands = [words for words in commands if words[1] != "--config"]
+    text = (repository / page).read_text(encoding="utf-8")
+    commands = [shlex.split(c, comments=True) for c in shell_commands(text) if c.startswith("python ")]
+    commands = [words[1:] for words in commands if words[1] not in ("train.py", "-m")]
+    commands = [words for words in commands if words[1:2] != ["--config"]]
     assert {program for program, *_ in commands} == programs
     for program, *arguments in commands:
         load_program(repository / program).parse_arguments(arguments)  # ends the test where an option is unknown
