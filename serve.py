@@ -56,7 +56,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         parser.error("give --config or --target/--draft, not both")
     if args.draft and not args.target:
         parser.error("--draft needs --target, the model it was trained for")
-    if args.block_size and args.block_sizes:
+    if args.block_size is not None and args.block_sizes:
         parser.error("give --block-size or --block-sizes, not both")
     return args
 
@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
         engine=EngineConfig(
             max_waiting=args.max_waiting,
             max_model_len=args.max_model_len,
-            block_sizes=(args.block_size,) if args.block_size else args.block_sizes,
+            block_sizes=args.block_sizes if args.block_size is None else (args.block_size,),
             batch_sizes=args.batch_sizes,
             is_adaptive=args.block_size is None,
             rounds_per_call=args.rounds_per_call,

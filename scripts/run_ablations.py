@@ -3,8 +3,8 @@
 In: the folder of a finished run of the embedded default (its target, its responses, its held-out chats). Out: a row a
 trained drafter (`rows.jsonl`, appended, so that an interrupted run goes on), a table and a plot computed from the rows.
 A drafter is trained by the same step as in a run, on a feature cache below the run's folder, and judged by really
-decoding the held-out prompts. The baseline is the run's configuration with the published objective. Seeds are paired: data order, anchors and fresh weights of a seed are the same
-for every variant.
+decoding the held-out prompts. The baseline is the run's configuration with the published objective. Seeds are paired:
+data order, anchors and fresh weights of a seed are the same for every variant.
 
 Source: Domino, arXiv 2605.29707 (tau 3.62 without a head, 3.96 with one, 4.19 with the curriculum, at equal steps).
 """

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from domino_jax.decoding.plain import choose_next, read_anchor
 from domino_jax.decoding.prefill import run_chunk
-from domino_jax.decoding.speculative import propose_block, verify_block
+from domino_jax.decoding.speculative import backbone_block, choose_block, verify_block
 from domino_jax.decoding.state import (
     SOURCE_BONUS,
     SOURCE_CORRECTED,
@@ -164,7 +164,9 @@ def _commit(
     state = slots.decode
     is_active = ~state.is_done
     in_use = jnp.arange(hidden.shape[1]) < num_new[:, None]
-    is_finite = jnp.all(jnp.isfinite(hidden).all(axis=-1) | ~in_use, axis=-1)
+    # A logit that is not a number is chosen before all others.
+    chosen = jnp.take_along_axis(logits, new_tokens[..., None], axis=-1)[..., 0]
+    is_finite = jnp.all((jnp.isfinite(hidden).all(axis=-1) & jnp.isfinite(chosen)) | ~in_use, axis=-1)
     fails_now = is_active & ~is_finite
     state = state.replace(is_done=state.is_done | fails_now)
     before = state.committed_len
@@ -191,12 +193,16 @@ def _commit(
     return slots, scores
 
 
+def _propose(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Int[Array, "B P"]:
+    block = backbone_block(settings, params, state)
+    return _by_sampling(settings, state, lambda inner: choose_block(inner, params, state, *block).tokens)
+
+
 def _speculative_round(
     settings: DecodeSettings, params: ModelParams, slots: SlotState, scores: Scores, start_len: Int[Array, " B"]
 ) -> tuple[SlotState, Scores]:
     state = slots.decode
-    proposal = _by_sampling(settings, state, lambda inner: propose_block(inner, params, state))
-    drafts = proposal.tokens
+    drafts = _propose(settings, params, state)
     logits, hidden, state = verify_block(settings, params, state, drafts)
     slots = slots.replace(decode=state)
     choices = _choose(settings, slots, logits, drafts)
@@ -236,8 +242,7 @@ def _commit_choice(
 @in_full_precision
 def draft_only(settings: DecodeSettings, params: ModelParams, slots: SlotState) -> Int[Array, "B P"]:
     """Return the drafts of the next round; to time drafting by itself."""
-    state = slots.decode
-    return _by_sampling(settings, state, lambda inner: propose_block(inner, params, state).tokens)
+    return _propose(settings, params, slots.decode)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -338,10 +343,13 @@ def prefill_slots(
 ) -> tuple[SlotState, Float[Array, "B T D"]]:
     """Run prompt positions `start .. start + chunk_len - 1` of every row; `slots` is donated.
 
-    Returns the target's last states of the chunk; `start + chunk_len` must fit the cache.
+    Returns the target's last states of the chunk; `start + chunk_len` must fit the cache. A row whose states are not
+    finite somewhere before its committed length has failed.
     """
     state, hidden = run_chunk(settings, params, slots.decode, chunk_len, start)
-    return slots.replace(decode=state), hidden
+    is_known = start + jnp.arange(chunk_len) < state.committed_len[:, None]
+    fails = jnp.any(is_known & ~jnp.isfinite(hidden).all(axis=-1), axis=-1)
+    return slots.replace(decode=state, has_failed=slots.has_failed | fails), hidden
 
 
 @partial(jax.jit, static_argnums=0)

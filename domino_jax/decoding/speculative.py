@@ -86,7 +86,18 @@ def backbone_block(
 
 def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Proposal:
     """Draft a block: the backbone in one pass, then the head token by token where there is one."""
-    hidden, base_logits, anchors = backbone_block(settings, params, state)
+    return choose_block(settings, params, state, *backbone_block(settings, params, state))
+
+
+def choose_block(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    hidden: Float[Array, "B P D"],
+    base_logits: Float[Array, "B P V"],
+    anchors: Int[Array, " B"],
+) -> Proposal:
+    """Choose a block's tokens from what `backbone_block` returned."""
     noise = draft_noise(settings, state, settings.num_draft_tokens)
     if not (settings.draft.has_head and settings.use_head):
         return _choose_drafts(settings, state.sampling, base_logits, noise)

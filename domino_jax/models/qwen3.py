@@ -108,7 +108,9 @@ class Qwen3(nn.Module):
             keys, values = layer.keys_values(normed, positions)
             cache = write_layer(cache, i, keys, values, start)
             mixed = attend(layer.queries(normed, positions), cache.keys[i], cache.values[i], attend_mask)
-            x = layer.finish(x, mixed)
+            # The cache holds no value that is not finite; the token that has one says so itself.
+            fault = jnp.where(jnp.isfinite(values).all(axis=(-2, -1)), 0.0, jnp.nan).astype(x.dtype)
+            x = layer.finish(x, mixed) + fault[..., None]
             captured[i] = x
         return self._output(x, captured, cache)
 

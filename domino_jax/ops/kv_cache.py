@@ -52,8 +52,8 @@ def write_layer(
     """Write T positions of one layer at each row's own `start`.
 
     The caller keeps `start + T` within the cache: a slice that would leave it is moved back by XLA and would
-    overwrite older entries. Values that are not finite are stored as 0: a position that a query may not see has weight
-    0, and 0 times NaN would be NaN.
+    overwrite older entries. Values that are not finite are stored as 0, because a position that a query may not see has
+    weight 0, and 0 times NaN would be NaN: their token's own output has to tell.
     """
     values = jnp.where(jnp.isfinite(values), values, 0)
     new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)

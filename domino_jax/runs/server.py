@@ -94,7 +94,7 @@ def find_newest_pair(output_dir: Path) -> tuple[str, str]:
     found = [
         folder
         for folder in map(RunFolder, sorted(output_dir.glob("*")))
-        if folder.best_draft.is_dir() and (folder.target / CONFIG_FILE).is_file()
+        if (folder.report / "report.md").is_file() and (folder.target / CONFIG_FILE).is_file()
     ]
     if not found:
         raise RunError(
@@ -191,7 +191,9 @@ def size_engine(
     Raises:
         ConfigError: it does not fit the memory; the message says what would.
     """
-    limit = find_memory_limit(options.memory_fraction)
+    fraction = options.memory_fraction
+    require(0 < fraction <= 1, f"memory_fraction is {fraction}; it must be more than 0 and at most 1")
+    limit = find_memory_limit(fraction)
     itemsize = jnp.dtype(options.dtype).itemsize
     target_bytes = itemsize * sum(prod(row.shape) for row in target_table(target))
     draft_bytes = itemsize * sum(prod(row.shape) for row in draft_table(draft)) if draft else 0
@@ -201,16 +203,20 @@ def size_engine(
         return plan_memory(settings, plan_ladders(config, target, draft), target_bytes, draft_bytes)
 
     def with_slots(num_slots: int) -> EngineConfig:
-        return replace(options.engine, max_slots=num_slots)
+        sizes = options.engine.batch_sizes
+        if options.max_slots is None and sizes is not None:
+            sizes = tuple(size for size in sizes if size <= num_slots)
+        return replace(options.engine, max_slots=num_slots, batch_sizes=sizes)
 
     if options.max_slots is None:
         for num_slots in _USUAL_SLOTS:
             if plan(with_slots(num_slots)).total_bytes <= limit:
                 return with_slots(num_slots), plan(with_slots(num_slots))
-    config = with_slots(options.max_slots or 1)
+    config = with_slots(1 if options.max_slots is None else options.max_slots)
 
     def advise() -> str:
-        fitting = [n for n in _USUAL_SLOTS if n < config.max_slots and plan(with_slots(n)).total_bytes <= limit]
+        fewer = [n for n in _USUAL_SLOTS if n < config.max_slots]
+        fitting = [n for n in fewer if plan(replace(config, max_slots=n, batch_sizes=None)).total_bytes <= limit]
         if fitting:
             return f"--max-slots {fitting[0]} would fit; so may a smaller --max-model-len or --prefix-cache-tokens 0"
         length = config.max_model_len or target.max_position_embeddings

@@ -19,7 +19,7 @@ from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.records import FinishReason, Request, TokenEvent
 from domino_jax.serving.contract import CallTimes, Deliver, EngineStatus, EngineUnavailableError
 from domino_jax.serving.engine_config import EngineConfig, find_max_model_len, plan_ladders
-from domino_jax.serving.programs import MAX_STOP_IDS, Programs
+from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, find_manner
 from domino_jax.serving.scheduler import Scheduler
 from domino_jax.serving.sequence import PromptRun, ServedSequence, fill_row, read_logprobs
 from domino_jax.serving.slot_batch import SlotBatch
@@ -27,6 +27,8 @@ from domino_jax.serving.width_policy import WidthPolicy
 
 _CALLS_BEFORE_SHRINKING = 8
 """Calls in a row that a smaller batch would have held; moving slots costs about as much as a round."""
+_CALL_S = 0.02
+"""Seconds a device call should take at most, unless a single round takes longer."""
 _NUMERIC_FAULT = (
     "the model's states for this request are not finite (NaN or infinity); its text so far stands, other requests are "
     "not concerned"
@@ -66,6 +68,7 @@ class SlotEngine:
         self._num_draft_tokens = num_drafts
         self._batch = SlotBatch(self.programs)
         self._sequences: dict[str, ServedSequence] = {}
+        self._events: list[TokenEvent] = []
         self._calls_too_large = 0
         # Shared with other threads, under the lock:
         self._lock = threading.Condition()
@@ -85,7 +88,9 @@ class SlotEngine:
         """See `contract.Engine.start`."""
         self._deliver = deliver
         self._observe = observe
-        self._state = "starting"
+        with self._lock:
+            if self._state == "not started":
+                self._state = "starting"
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -130,7 +135,7 @@ class SlotEngine:
     def drain(self) -> None:
         """See `contract.Engine.drain`."""
         with self._lock:
-            if self._state != "failed":
+            if self._state not in ("failed", "stopped"):
                 self._state = "draining"
                 self._lock.notify()
 
@@ -185,8 +190,9 @@ class SlotEngine:
         self._set_progress("loading weights")
         self.programs.take_params(self._load_params())
         self.programs.compile_all(lambda done, total: self._set_progress(f"compiled {done}/{total}"), self._is_stopped)
-        self._set_progress("measuring rounds")
-        self.programs.measure(self._is_stopped)
+        if not self._is_stopped():
+            self._set_progress("measuring rounds")
+            self.programs.measure(self._is_stopped)
         if self._is_stopped():
             return
         self._batch.allocate()
@@ -213,27 +219,31 @@ class SlotEngine:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        events: list[TokenEvent] = []
-        self._take_cancellations(events)
+        self._take_cancellations()
         self._admit()
-        self._run_prompts(events)
-        if events:  # first tokens do not wait for the rounds of others
-            self._deliver(events)
-        events = []
-        self._run_rounds(events)
-        if events:
-            self._deliver(events)
+        self._run_prompts()
+        self._deliver_events()  # first tokens do not wait for the rounds of others
+        self._run_rounds()
+        self._deliver_events()
+        used = sum(len(s.tokens) for s in self._sequences.values())
+        self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
         self._busy_s += time.perf_counter() - began
 
-    def _take_cancellations(self, events: list[TokenEvent]) -> None:
+    def _deliver_events(self) -> None:
+        events, self._events = self._events, []
+        if events:
+            self._deliver(events)
+
+    def _take_cancellations(self) -> None:
         with self._lock:
             cancelled, self._cancelled = self._cancelled, set()
         for request_id in cancelled:
             if request_id in self._requests:
                 sequence = self._sequences.get(request_id)
                 if sequence is not None and sequence.is_running:
+                    self._store(sequence)  # a stop string ends a request this way
                     self._batch.cancel(sequence.slot)
-                events.append(self._end(request_id, "cancelled"))
+                self._events.append(self._end(request_id, "cancelled"))
 
     def _admit(self) -> None:
         while True:
@@ -253,18 +263,18 @@ class SlotEngine:
         with self._lock:
             self._scheduler.release(request_id)
             del self._requests[request_id], self._arrived_s[request_id]
+            self._cancelled.discard(request_id)
         return TokenEvent(request_id, finish_reason=reason, error=error, **event)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
         with self._lock:
             open_ids = list(self._requests)
-        events = [self._end(request_id, reason, error) for request_id in open_ids]
-        if events:
-            self._deliver(events)
+        self._events += [self._end(request_id, reason, error) for request_id in open_ids]
+        self._deliver_events()
 
     # Prompts
 
-    def _run_prompts(self, events: list[TokenEvent]) -> None:
+    def _run_prompts(self) -> None:
         """Run prompts, oldest first, up to the budget of tokens between two calls."""
         budget = self._config.prefill_tokens_per_call
         for sequence in [s for s in self._sequences.values() if not s.is_running]:
@@ -274,7 +284,7 @@ class SlotEngine:
                 hidden, start = self._run_chunk(sequence, run)
             if run.chunks:
                 return
-            events.append(self._finish_prompt(sequence, run, hidden, start))
+            self._events.append(self._finish_prompt(sequence, run, hidden, start))
             if budget <= 0:
                 return
 
@@ -322,37 +332,38 @@ class SlotEngine:
 
     # Rounds
 
-    def _run_rounds(self, events: list[TokenEvent]) -> None:
+    def _run_rounds(self) -> None:
         running = [s for s in self._sequences.values() if s.is_running]
         if not running:
             return
         self._shrink_batch(running)
-        size = self._choose_block_size(running)
+        manner = find_manner(s.request.sampling for s in running)
+        size = self._choose_block_size(running, manner)
         if size > 1:
             for sequence in running:
                 self._catch_up(sequence)
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
-        is_busy = others_wait or len(running) < len(self._sequences)
-        num_rounds = 1 if is_busy else self._config.rounds_per_call
+        cost = self.programs.costs[self._batch.shape, size, manner]
+        # Whoever comes, or wants his prompt run, waits for the end of the call.
+        has_prompts = len(running) < len(self._sequences)
+        num_rounds = 1 if has_prompts else max(1, min(self._config.rounds_per_call, int(_CALL_S / cost.seconds)))
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
         result, call_s = self._batch.run(size, num_rounds, others_wait, wants_scores)
         accepted: list[int] = []
         for sequence in running:
-            events += self._read_row(sequence, result, size, accepted)
+            self._events += self._read_row(sequence, result, size, accepted)
         self.policy.observe(size, accepted)
-        draft_share = self.programs.draft_share[self._batch.shape, size]
-        self._observe(CallTimes(int(result.num_rounds.max()), call_s, draft_share))
-        used = sum(len(s.tokens) for s in self._sequences.values())
-        self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
+        self._observe(CallTimes(int(result.num_rounds.max()), call_s, cost.draft_share))
 
-    def _choose_block_size(self, running: list[ServedSequence]) -> int:
+    def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
         num_drafted = sum(s.request.use_draft for s in running)
         if not self._config.is_adaptive:
             return self._ladders.block_sizes[0] if num_drafted else 1
-        costs = {size: self.programs.round_s[self._batch.shape, size] for size in self._ladders.block_sizes}
+        shape = self._batch.shape
+        costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
         return self.policy.choose(costs, num_drafted, len(running) - num_drafted)
 
     def _catch_up(self, sequence: ServedSequence) -> None:
@@ -365,7 +376,7 @@ class SlotEngine:
     def _read_row(
         self, sequence: ServedSequence, result: CallResult, size: int, accepted: list[int]
     ) -> list[TokenEvent]:
-        """Return a sequence's events of a call, one a round; `accepted` gets its accepted drafts, by round."""
+        """Return a sequence's events of a call, one a round; `accepted` gets the drafts it kept, by round."""
         row, request_id = sequence.slot, sequence.request.request_id
         is_drafted = size > 1 and sequence.request.use_draft
         num_drafts = self._num_draft_tokens[size] if is_drafted else 0
@@ -376,7 +387,7 @@ class SlotEngine:
             rounds.append(fields | {"acceptance_len": length, "num_draft_tokens": num_drafts})
             at += kept
             if is_drafted:
-                accepted.append(length - 1)
+                accepted.append(max(kept - 1, 0))
         if is_drafted:
             sequence.context_len = len(sequence.tokens) - 1
         if result.has_failed[row]:
@@ -385,25 +396,38 @@ class SlotEngine:
         reason = sequence.find_end(result, row)
         if reason is None:
             return [TokenEvent(request_id, **fields) for fields in rounds]
-        # What a finished sequence has computed is kept for whoever continues it: all but the last token, and no more
-        # than the draft's context holds.
+        self._store(sequence)
+        self.policy.observe_end(len(sequence.tokens) - len(sequence.request.prompt_ids))
+        told = [TokenEvent(request_id, **fields) for fields in rounds[:-1]]
+        return [*told, self._end(request_id, reason, **rounds[-1])]
+
+    def _store(self, sequence: ServedSequence) -> None:
+        """Keep what a sequence has computed for whoever continues it.
+
+        That is all but the last token, and no more than the draft's context holds.
+        """
         num_known = len(sequence.tokens) - 1
         if self.programs.settings.draft is not None:
             num_known = min(num_known, sequence.context_len)
-        self._batch.store_slot(row, sequence.tokens[:num_known])
-        told = [TokenEvent(request_id, **fields) for fields in rounds[:-1]]
-        return [*told, self._end(request_id, reason, **rounds[-1])]
+        self._batch.store_slot(sequence.slot, sequence.tokens[:num_known])
 
     def _shrink_batch(self, running: list[ServedSequence]) -> None:
         """Move to a smaller batch when one would have held the sequences for a while."""
         smaller = self._ladders.rows_for(len(self._sequences))
-        is_too_large = smaller < self._batch.shape.rows
+        num_new = self._config.rounds_per_call * (max(self._num_draft_tokens.values()) + 1)
+        longest = max(min(len(s.tokens) + num_new, s.limit_len) for s in running)
+        shorter = self._ladders.positions_for(longest + self._ladders.margin)
+        is_too_large = smaller < self._batch.shape.rows or shorter < self._batch.shape.positions
         self._calls_too_large = self._calls_too_large + 1 if is_too_large else 0
         if self._calls_too_large < _CALLS_BEFORE_SHRINKING:
             return
         self._calls_too_large = 0
-        with self._lock:
-            moved = self._scheduler.compact(smaller)
+        moved = {}
+        if smaller < self._batch.shape.rows:
+            with self._lock:
+                moved = self._scheduler.compact(smaller)
         for sequence in self._sequences.values():
             sequence.slot = moved.get(sequence.slot, sequence.slot)
-        self._batch.shrink(smaller, moved, {s.slot for s in running})
+        now = self._batch.shape
+        shape = Shape(min(smaller, now.rows), min(shorter, now.positions))
+        self._batch.shrink(shape, moved, {s.slot for s in running})

@@ -11,12 +11,16 @@ from typing import Any
 import jax
 
 from domino_jax.config import ConfigError
+from domino_jax.decoding.prefill import CHUNK_LENGTHS
 from domino_jax.decoding.state import DecodeSettings
 from domino_jax.durable import format_bytes
 from domino_jax.serving.programs import Ladders, Programs, Shape
 
 _LOGIT_COPIES = 4
 """Float32 arrays as large as a round's logits that sampling holds at once: logits, log-weights, noise, ranks."""
+
+_SCORE_COPIES = 2
+"""Float32 score arrays of one layer at once: before and after the softmax."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,9 @@ def plan_memory(settings: DecodeSettings, ladders: Ladders, target_bytes: int, d
     caches = slots.decode.target_cache, slots.decode.draft_cache
     largest_step = max((_shape_bytes(programs, shape) for shape in ladders.shapes[:-1]), default=0)
     logits = full.rows * (programs.num_draft_tokens(max(ladders.block_sizes)) + 1) * settings.target.vocab_size * 4
+    chunk = max(CHUNK_LENGTHS)
+    num_queries = max(chunk, full.rows * (programs.num_draft_tokens(max(ladders.block_sizes)) + 1))
+    scores = settings.target.num_attention_heads * full.positions * num_queries * 4
     parts = [
         ("target's weights", target_bytes),
         ("drafter's weights", draft_bytes),
@@ -58,6 +65,8 @@ def plan_memory(settings: DecodeSettings, ladders: Ladders, target_bytes: int, d
         ("a prompt being run", _shape_bytes(programs, Shape(1, full.positions))),
         (f"prefix cache ({ladders.num_blocks} blocks)", _num_bytes(programs.pool_shape())),
         ("logits of a round and their sampling", _LOGIT_COPIES * logits),
+        ("attention scores of a round or of a prompt's chunk", _SCORE_COPIES * scores),
+        ("logits of a prompt's chunk, where they are scored", 2 * chunk * settings.target.vocab_size * 4),
     ]
     return MemoryPlan(tuple(parts))
 

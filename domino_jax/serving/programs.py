@@ -6,19 +6,21 @@ next; after `compile_all` nothing is compiled again, because only compiled progr
 Source: ahead-of-time compilation of JAX (`jit(f).lower(shapes).compile()`).
 """
 
+import itertools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from domino_jax.config import SamplingConfig
 from domino_jax.decoding import prefix_pool, slots
 from domino_jax.decoding.prefill import CHUNK_LENGTHS
 from domino_jax.decoding.prefix_pool import PrefixPool
@@ -29,6 +31,34 @@ from domino_jax.ops.scoring import Scores
 MAX_STOP_IDS = 32
 """Stop ids a request may have."""
 _TIMED_ROUNDS = 5
+
+Manner = Literal["greedy", "sampled", "filtered"]
+"""How a batch chooses its tokens: its dearest row decides."""
+_SAMPLING: dict[Manner, SamplingConfig] = {
+    "greedy": SamplingConfig(),
+    "sampled": SamplingConfig(temperature=1.0),
+    "filtered": SamplingConfig(temperature=1.0, top_p=0.95),
+}
+
+
+def find_manner(samplings: Iterable[SamplingConfig]) -> Manner:
+    """Return the manner of a batch of rows."""
+    sampled = [s for s in samplings if s.temperature > 0]
+    if any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled):
+        return "filtered"
+    return "sampled" if sampled else "greedy"
+
+
+@dataclass(frozen=True)
+class RoundCost:
+    """What a round costs, with all rows running.
+
+    Attributes:
+        draft_share: part of it that drafting takes; 0 for plain steps.
+    """
+
+    seconds: float
+    draft_share: float
 
 
 @dataclass(frozen=True)
@@ -98,16 +128,14 @@ class Programs:
 
     Attributes:
         settings: block size 1 and the drafter's own sizes; a call with drafts replaces the block size.
-        round_s: seconds a round takes, by shape and block size, with all rows running.
-        draft_share: part of a round that drafting takes, likewise.
+        costs: what a round costs, by shape, block size and manner of sampling; known after `measure`.
     """
 
     def __init__(self, settings: DecodeSettings, ladders: Ladders) -> None:
         """Plan the programs; `take_params` and `compile_all` make them."""
         self.settings = settings
         self.ladders = ladders
-        self.round_s: dict[tuple[Shape, int], float] = {}
-        self.draft_share: dict[tuple[Shape, int], float] = {}
+        self.costs: dict[tuple[Shape, int, Manner], RoundCost] = {}
         self._params: ModelParams | None = None
         self._compiled: dict[tuple, Any] = {}
 
@@ -234,18 +262,20 @@ class Programs:
         report(len(self._compiled), total)
 
     def measure(self, is_stopped: Callable[[], bool]) -> None:
-        """Time a round of every shape and block size, all rows running; returns early where `is_stopped`.
+        """Time a round of every shape, block size and manner of sampling, all rows running.
 
-        The block sizes of a shape take turns, so that a noisy machine hits all of them; medians count.
+        Returns early where `is_stopped`. The block sizes take turns, so that a noisy machine hits all of them; medians
+        count.
         """
-        for shape in self.ladders.shapes:
-            round_s: dict[int, list[float]] = {size: [] for size in self.ladders.block_sizes}
-            draft_s: dict[int, list[float]] = {size: [] for size in self.ladders.block_sizes}
+        sizes = self.ladders.block_sizes
+        for shape, manner in itertools.product(self.ladders.shapes, _SAMPLING):
+            round_s: dict[int, list[float]] = {size: [] for size in sizes}
+            draft_s: dict[int, list[float]] = {size: [] for size in sizes}
             for _ in range(1 + _TIMED_ROUNDS):
-                state = self._running_slots(shape)
-                for size in self.ladders.block_sizes:
-                    if is_stopped():
-                        return
+                if is_stopped():
+                    return
+                state = self._running_slots(shape, _SAMPLING[manner])
+                for size in sizes:
                     began = time.perf_counter()
                     if size > 1:
                         jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
@@ -254,12 +284,12 @@ class Programs:
                     jax.block_until_ready(result)
                     draft_s[size].append(drafted_at - began)
                     round_s[size].append(time.perf_counter() - drafted_at)
-            for size in self.ladders.block_sizes:
-                self.round_s[shape, size] = statistics.median(round_s[size][1:])
-                share = statistics.median(draft_s[size][1:]) / self.round_s[shape, size]
-                self.draft_share[shape, size] = min(share, 1.0) if size > 1 else 0.0
+            for size in sizes:
+                seconds = statistics.median(round_s[size][1:])
+                share = min(statistics.median(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
+                self.costs[shape, size, manner] = RoundCost(seconds, share)
 
-    def _running_slots(self, shape: Shape) -> SlotState:
+    def _running_slots(self, shape: Shape, sampling: SamplingConfig) -> SlotState:
         """Return slots that all run, with room for the rounds that are timed."""
         state = self.init_slots(shape)
         room = shape.positions - self.ladders.margin
@@ -267,6 +297,10 @@ class Programs:
             committed_len=np.full(shape.rows, min(16, room - 1), np.int32),
             limit_len=np.full(shape.rows, room, np.int32),
             is_done=np.zeros(shape.rows, bool),
+            sampling=state.decode.sampling.replace(
+                temperature=np.full(shape.rows, sampling.temperature, np.float32),
+                top_p=np.full(shape.rows, sampling.top_p, np.float32),
+            ),
         )
         return state.replace(decode=decode, uses_draft=np.ones(shape.rows, bool))
 

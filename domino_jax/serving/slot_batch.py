@@ -124,13 +124,13 @@ class SlotBatch:
             result = jax.device_get(result if wants_scores else result.replace(scores=None))
         return result, self.device_s - before_s
 
-    def shrink(self, num_rows: int, moved: dict[int, int], used: set[int]) -> None:
-        """Cut the batch to `num_rows`, after moving slots as `moved` says (old -> new); only those `used` go on."""
+    def shrink(self, shape: Shape, moved: dict[int, int], used: set[int]) -> None:
+        """Cut the batch to `shape`, after moving slots as `moved` says (old -> new); only those `used` go on."""
         order = np.arange(self.shape.rows)
         for old, new in moved.items():
             order[new] = old
         self._cancelled.clear()
-        self._reshape(Shape(num_rows, self.shape.positions), order, used)
+        self._reshape(shape, order, used)
 
     def hold_positions(self, num_tokens: int) -> None:
         """Lengthen the caches so that a sequence of `num_tokens` fits."""

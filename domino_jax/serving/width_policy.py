@@ -1,7 +1,9 @@
 """Which block size the next rounds use: the one that is expected to give most tokens a second at the present load.
 
-The cost of a round is measured at warm-up; what a round brings is known from how far drafts survived in past rounds.
-The choice never looks at the tokens it decides about, so it changes how fast a text comes and not which.
+The cost of a round is measured at warm-up; what a round brings is known from how far drafts survived in past rounds,
+and from how long sequences are: between two sequences a slot stands still for about a round, which weighs more the
+fewer rounds a sequence has. The choice never looks at the tokens it decides about, so it changes how fast a text comes
+and not which.
 Standard library only.
 """
 
@@ -13,6 +15,8 @@ _RATE = 0.01
 """Weight of one row's round in the running means of survival."""
 _FORGETTING = 0.001
 """Share of the way back to the start that the means go in a plain round, in which nothing is learned."""
+_LENGTH_RATE = 0.05
+"""Weight of one finished sequence in the running mean of lengths."""
 _ADVANTAGE_TO_LEAVE_PLAIN = 1.02
 """Drafting has to promise that much more than plain decoding to begin: each row's context must be caught up first."""
 
@@ -21,7 +25,8 @@ class WidthPolicy:
     """Running means of how many drafts survive.
 
     Attributes:
-        survival: for k = 1 ..: chance that at least k drafts of a block are accepted.
+        survival: for k = 1 ..: chance that at least k drafts of a block are accepted and kept.
+        mean_len: new tokens of a sequence; None until one has ended.
     """
 
     def __init__(self, num_draft_tokens: Mapping[int, int]) -> None:
@@ -29,6 +34,7 @@ class WidthPolicy:
         self._num_drafts = dict(num_draft_tokens)
         self._start = [_SURVIVAL_START**k for k in range(1, max(self._num_drafts.values()) + 1)]
         self.survival = list(self._start)
+        self.mean_len: float | None = None
         self._last = max(self._num_drafts)
 
     def expected_tokens(self, block_size: int) -> float:
@@ -43,8 +49,12 @@ class WidthPolicy:
         if num_drafted == 0:
             return 1
 
+        def with_pause(tokens_a_round: float) -> float:
+            return tokens_a_round if self.mean_len is None else 1 / (1 / tokens_a_round + 1 / self.mean_len)
+
         def tokens_per_s(block_size: int) -> float:
-            return (num_drafted * self.expected_tokens(block_size) + num_plain) / round_s[block_size]
+            drafted, plain = with_pause(self.expected_tokens(block_size)), with_pause(1.0)
+            return (num_drafted * drafted + num_plain * plain) / round_s[block_size]
 
         best = max(round_s, key=lambda size: (tokens_per_s(size), size))
         if self._last == 1 and best != 1 and tokens_per_s(best) < _ADVANTAGE_TO_LEAVE_PLAIN * tokens_per_s(1):
@@ -52,8 +62,14 @@ class WidthPolicy:
         self._last = best
         return best
 
+    def observe_end(self, num_tokens: int) -> None:
+        """Learn from the new tokens of a sequence that has ended."""
+        if self.mean_len is None:
+            self.mean_len = float(num_tokens)
+        self.mean_len += _LENGTH_RATE * (num_tokens - self.mean_len)
+
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
-        """Learn from the drafts accepted by every drafted-for row of a round."""
+        """Learn from the drafts that every drafted-for row of a round accepted and kept."""
         num_drafts = self._num_drafts[block_size]
         if num_drafts == 0:
             self.survival = [s + _FORGETTING * (start - s) for s, start in zip(self.survival, self._start, strict=True)]

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,13 +40,16 @@ def run_folder(tmp_path_factory, tokenizer):
     save_target(str(root / "target"), target, tied, extra_config={"eos_token_id": tokenizer.eos_token_id})
     save_tokenizer(tokenizer, root / "target")
     save_draft(str(root / "draft"), draft, draw_params(init_draft_params, draft, 1))
+    (root / "report").mkdir()
+    (root / "report" / "report.md").write_text("done")
     return root
 
 
 def test_the_newest_finished_run_is_found(run_folder, tmp_path):
     runs = run_folder.parent
     assert server.find_newest_pair(runs) == (str(run_folder / "target"), str(run_folder / "draft"))
-    (runs / "unfinished" / "target").mkdir(parents=True, exist_ok=True)
+    for part in ("target", "draft"):
+        shutil.copytree(run_folder / part, runs / "unfinished" / part)
     assert server.find_newest_pair(runs)[0] == str(run_folder / "target")
     with pytest.raises(RunError, match=r"no finished run in .*python train.py --config configs/tiny.py"):
         server.find_newest_pair(tmp_path / "runs")
@@ -88,10 +92,10 @@ def test_slots_are_as_many_as_fit(monkeypatch):
     _, plan = server.size_engine(options, target, draft)
     monkeypatch.setattr(server, "find_memory_limit", lambda fraction: plan.total_bytes // 3)
     config, smaller = server.size_engine(options, target, draft)
-    assert config.max_slots == 8
+    assert config.max_slots == 4
     assert smaller.total_bytes <= plan.total_bytes // 3
     asked = server.ServerOptions("unused", max_slots=32, engine=EngineConfig(prefix_cache_tokens=0))
-    with pytest.raises(ConfigError, match=r"(?s)may use .*--max-slots 8 would fit"):
+    with pytest.raises(ConfigError, match=r"(?s)may use .*--max-slots 4 would fit"):
         server.size_engine(asked, target, draft)
     monkeypatch.setattr(server, "find_memory_limit", lambda fraction: smaller.total_bytes // 20)
     with pytest.raises(ConfigError, match=r"--max-model-len (512|1024|2048) would fit with 1 slots"):
@@ -111,6 +115,10 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         (["--target", "TARGET", "--max-model-len", "100000"], "context holds 256"),
         (["--target", "TARGET", "--draft", "DRAFT", "--block-size", "9"], "outside 1 .. 5"),
         (["--target", "TARGET", "--memory-fraction", "0.0000001"], "may use"),
+        (["--target", "TARGET", "--memory-fraction", "nan"], "memory_fraction is nan"),
+        (["--target", "TARGET", "--max-slots", "0"], "max_slots is 0"),
+        (["--target", "TARGET", "--draft", "DRAFT", "--block-size", "0"], "outside 1 .. 5"),
+        (["--target", "TARGET", "--max-slots", "4", "--batch-sizes", "8"], "batch_sizes has 8"),
         (["--target", "TARGET", "--compilation-cache", "FILE"], "not a directory that can be written"),
         (["--target", "TARGET", "--block-sizes", "4,x"], "not a list of numbers"),
     ],
@@ -211,8 +219,6 @@ def test_serve_answers_as_the_decoder_does_and_starts_faster_the_second_time(rep
 
 @pytest.mark.slow
 def test_serve_without_weights_ends_with_a_fault(repository, run_folder, tmp_path):
-    import shutil
-
     broken = tmp_path / "target"
     shutil.copytree(run_folder / "target", broken)
     (broken / "model.safetensors").write_bytes(b"x" * 100)

@@ -1,11 +1,13 @@
 import pytest
 
 from domino_jax.config import ConfigError
-from domino_jax.decoding.state import DecodeSettings
+from domino_jax.decoding.state import DecodeSettings, ModelParams
+from domino_jax.models.domino_head import init_draft_params
+from domino_jax.models.qwen3 import init_target_params
 from domino_jax.serving.engine_config import EngineConfig, plan_ladders
 from domino_jax.serving.memory_plan import plan_memory, require_fit
 from domino_jax.serving.programs import Ladders, Programs, Shape
-from tests.decoding.tiny_pair import make_configs
+from tests.decoding.tiny_pair import draw_params, make_configs
 
 
 def make_ladders(rows=(1, 2, 4), positions=(128, 512), **fields):
@@ -64,12 +66,31 @@ def test_the_plan_counts_what_the_arrays_hold():
     assert parts["draft's context caches"] == 2 * 1 * 1 * 16 * 512 * 4 * 4
     assert parts["prefix cache (8 blocks)"] == 2 * 3 * 1 * 16 * 16 * 8 * 4
     assert parts["logits of a round and their sampling"] == 4 * 4 * 6 * 48 * 4
+    assert parts["attention scores of a round or of a prompt's chunk"] == 2 * 2 * 512 * 256 * 4
+    assert parts["logits of a prompt's chunk, where they are scored"] == 2 * 256 * 48 * 4
     assert parts["target's weights"] == 1000
     plan = plan_memory(settings, ladders, 1000, 100)
     assert plan.total_bytes == sum(parts.values())
     assert plan.lines()[-1].strip().startswith("in all")
     half = plan_memory(DecodeSettings(target=target, draft=draft, dtype="bfloat16"), ladders, 1000, 100)
     assert dict(half.parts)["draft's context caches"] * 2 == parts["draft's context caches"]
+
+
+def test_the_plan_covers_what_xla_says_a_round_and_a_chunk_need():
+    target, draft = make_configs()
+    settings = DecodeSettings(target=target, draft=draft)
+    ladders = make_ladders(rows=(4,), positions=(2048,))
+    programs = Programs(settings, ladders)
+    programs.take_params(
+        ModelParams(draw_params(init_target_params, target, 0), draw_params(init_draft_params, draft, 0))
+    )
+    parts = dict(plan_memory(settings, ladders, 0, 0).parts)
+    lowerings = dict(programs._lowerings())
+    for key in (("run", Shape(4, 2048), 5), ("prefill", 2048, 256)):
+        needed = lowerings[key]().compile().memory_analysis().temp_size_in_bytes
+        planned = parts["attention scores of a round or of a prompt's chunk"]
+        planned += parts["logits of a round and their sampling"] + parts["a prompt being run"]
+        assert needed <= planned
 
 
 def test_a_plan_that_does_not_fit_is_refused_with_its_breakdown():

@@ -63,3 +63,17 @@ def test_narrow_rounds_teach_nothing_about_later_slots():
     policy.observe(6, [0, 0])
     assert policy.survival[6:] == before
     assert policy.survival[0] < 1
+
+
+def test_short_sequences_make_rounds_dearer():
+    costs = {12: 4.4, 6: 4.0, 1: 1.0}
+    policy = make_policy(5)
+    assert policy.choose(costs, 4, 0) != 1
+    for _ in range(200):
+        policy.observe_end(12)
+    assert policy.mean_len == pytest.approx(12, abs=0.1)
+    # 12 tokens: 2.4 rounds of 4.0 and one more, against 12 of 1.0 and one more.
+    assert policy.choose(costs, 4, 0) == 1
+    for _ in range(200):
+        policy.observe_end(1000)
+    assert policy.choose(costs, 4, 0) != 1

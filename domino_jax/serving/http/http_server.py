@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +31,9 @@ from domino_jax.serving.http.json_log import log_event, start_logging
 from domino_jax.serving.http.settings import ApiSettings
 
 EXIT_DONE, EXIT_FAILED = 0, 1
+_SWITCH_INTERVAL_S = 2e-4
+"""A thread that wants to go on waits that long for another one. Python's 5 ms are a round of a small model: the engine
+would stand still while streams are written."""
 _FAILURE_GRACE_S = 1.0
 _ABORT_GRACE_S = 5.0
 
@@ -43,6 +47,7 @@ def run_server(app: FastAPI, host: str, port: int, log_level: int = logging.INFO
         OSError: the address cannot be used; nothing has been started.
     """
     start_logging(log_level)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     service: Service = app.state.service
     with bind_socket(host, port) as listener:
         warn_if_exposed(host, service.settings)
