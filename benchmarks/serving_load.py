@@ -34,7 +34,7 @@ def parse_arguments():
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"messages": [...]}')
     parser.add_argument("--output", type=Path, required=True, help="folder for rows.jsonl and table.md")
     parser.add_argument("--streams", default="1,2,4,8,16,32")
-    parser.add_argument("--answers", type=int, default=64, help="answers a repeat, at least two a stream")
+    parser.add_argument("--answers", type=int, default=64, help="answers a repeat, at least eight a stream")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--ignore-eos", action="store_true", help="every answer has max-tokens tokens")
@@ -134,7 +134,7 @@ async def measure(args):
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     async with httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as client:
         for streams in map(int, args.streams.split(",")):
-            count = max(args.answers, 2 * streams)
+            count = max(args.answers, 8 * streams)
             chosen = [prompts[i % len(prompts)] for i in range(count)]
             for mode in MODES:  # the prefix cache holds the prompts from here on, in both modes alike
                 await run_repeat(client, chosen, mode, streams, args)

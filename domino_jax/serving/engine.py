@@ -356,7 +356,9 @@ class SlotEngine:
         for sequence in running:
             self._events += self._read_row(sequence, result, size, accepted)
         self.policy.observe(size, accepted)
-        self._observe(CallTimes(int(result.num_rounds.max()), call_s, cost.draft_share))
+        num_run = int(result.num_rounds.max())
+        self.programs.correct_cost(self._batch.shape, size, manner, call_s / num_run)
+        self._observe(CallTimes(num_run, call_s, cost.draft_share))
 
     def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
         num_drafted = sum(s.request.use_draft for s in running)

@@ -52,13 +52,15 @@ class SlotBatch:
     def start_row(self, num_tokens: int) -> tuple[SlotState, int]:
         """Return a free row for a prompt of `num_tokens`, and its positions."""
         positions = self._ladders.positions_for(num_tokens + self._ladders.margin)
-        return self._programs.init_slots(Shape(1, positions)), positions
+        with self._on_device():
+            return self._programs.init_slots(Shape(1, positions)), positions
 
     def load_prefix(self, row: SlotState, positions: int, tokens: Sequence[int]) -> tuple[SlotState, int]:
         """Return `row` with what is known of a prefix of `tokens`, and that prefix' length."""
         blocks = self.prefixes.match(tokens) if self._pool is not None else []
         if blocks:
-            row = self._programs.load_prefix(self._pool, row, positions, blocks)
+            with self._on_device():
+                row = self._programs.load_prefix(self._pool, row, positions, blocks)
         return row, len(blocks) * self._ladders.block_len
 
     def run_chunk(self, row: SlotState, positions: int, length: int, start: int) -> tuple[SlotState, jax.Array]:
@@ -83,7 +85,8 @@ class SlotBatch:
     def store_prefix(self, row: SlotState, positions: int, tokens: Sequence[int]) -> None:
         """Keep the whole blocks of `tokens`, which a row has computed."""
         if self._pool is not None and (to_fill := self.prefixes.insert(tokens)):
-            self._pool = self._programs.store_prefix(self._pool, row, positions, to_fill)
+            with self._on_device():
+                self._pool = self._programs.store_prefix(self._pool, row, positions, to_fill)
 
     # Slots
 
@@ -91,7 +94,8 @@ class SlotBatch:
         """Put a row into a slot; the batch grows where it must."""
         rows = max(self.shape.rows, self._ladders.rows_for(slot + 1))
         self._reshape(Shape(rows, max(self.shape.positions, positions)))
-        self._slots = self._programs.insert(self._slots, self.shape, row, positions, slot)
+        with self._on_device():
+            self._slots = self._programs.insert(self._slots, self.shape, row, positions, slot)
         self._cancelled.discard(slot)
 
     def cancel(self, slot: int) -> None:
@@ -101,16 +105,19 @@ class SlotBatch:
     def store_slot(self, slot: int, tokens: Sequence[int]) -> None:
         """Keep the whole blocks of `tokens`, which a slot has computed."""
         if self._pool is not None and (to_fill := self.prefixes.insert(tokens)):
-            row = self._programs.extract(self._slots, self.shape, slot)
-            self._pool = self._programs.store_prefix(self._pool, row, self.shape.positions, to_fill)
+            with self._on_device():
+                row = self._programs.extract(self._slots, self.shape, slot)
+                self._pool = self._programs.store_prefix(self._pool, row, self.shape.positions, to_fill)
 
     def catch_up(self, slot: int, start: int, end: int) -> None:
         """Run a slot's tokens at positions `start .. end - 1` again, so that the draft's context holds them."""
-        row = self._programs.extract(self._slots, self.shape, slot)
-        for length in split_into_chunks(end - start):
-            row, _ = self.run_chunk(row, self.shape.positions, length, start)
-            start += length
-        self._slots = self._programs.insert(self._slots, self.shape, row, self.shape.positions, slot)
+        positions = self.shape.positions
+        with self._on_device():
+            row = self._programs.extract(self._slots, self.shape, slot)
+            for length in split_into_chunks(end - start):
+                row, _ = self._programs.prefill(row, positions, length, start)
+                start += length
+            self._slots = self._programs.insert(self._slots, self.shape, row, positions, slot)
 
     def run(self, block_size: int, num_rounds: int, ends_early: bool, wants_scores: bool) -> tuple[CallResult, float]:
         """Run up to `num_rounds` rounds; return what they did, on the host, and the seconds they took."""
@@ -144,5 +151,6 @@ class SlotBatch:
             rows = np.arange(step.rows) if order is None else order[: step.rows]
             is_used = rows < self.shape.rows if used is None else np.isin(np.arange(step.rows), list(used))
             rows = np.minimum(rows, self.shape.rows - 1)
-            self._slots = self._programs.resize(self._slots, self.shape, step, rows, is_used)
+            with self._on_device():
+                self._slots = self._programs.resize(self._slots, self.shape, step, rows, is_used)
             self.shape, order = step, None

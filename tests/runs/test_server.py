@@ -97,7 +97,7 @@ def test_slots_are_as_many_as_fit(monkeypatch):
     asked = server.ServerOptions("unused", max_slots=32, engine=EngineConfig(prefix_cache_tokens=0))
     with pytest.raises(ConfigError, match=r"(?s)may use .*--max-slots 4 would fit"):
         server.size_engine(asked, target, draft)
-    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: smaller.total_bytes // 20)
+    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: smaller.total_bytes // 4)
     with pytest.raises(ConfigError, match=r"--max-model-len (512|1024|2048) would fit with 1 slots"):
         server.size_engine(options, target, draft)
     monkeypatch.setattr(server, "find_memory_limit", lambda fraction: 1000)
