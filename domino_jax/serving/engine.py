@@ -357,7 +357,6 @@ class SlotEngine:
             self._events += self._read_row(sequence, result, size, accepted)
         self.policy.observe(size, accepted)
         num_run = int(result.num_rounds.max())
-        self.programs.correct_cost(self._batch.shape, size, manner, call_s / num_run)
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
 
     def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:

@@ -31,7 +31,6 @@ from domino_jax.ops.scoring import Scores
 MAX_STOP_IDS = 32
 """Stop ids a request may have."""
 _TIMED_ROUNDS = 5
-_CORRECTION_RATE = 0.05
 
 Manner = Literal["greedy", "sampled", "filtered"]
 """How a batch chooses its tokens: its dearest row decides."""
@@ -129,8 +128,7 @@ class Programs:
 
     Attributes:
         settings: block size 1 and the drafter's own sizes; a call with drafts replaces the block size.
-        costs: what a round costs, by shape, block size and manner of sampling; known after `measure` and corrected by
-            what rounds take under load.
+        costs: what a round costs, by shape, block size and manner of sampling; known after `measure`.
     """
 
     def __init__(self, settings: DecodeSettings, ladders: Ladders) -> None:
@@ -290,14 +288,6 @@ class Programs:
                 seconds = statistics.median(round_s[size][1:])
                 share = min(statistics.median(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
                 self.costs[shape, size, manner] = RoundCost(seconds, share)
-        self._measured = dict(self.costs)
-
-    def correct_cost(self, shape: Shape, block_size: int, manner: Manner, round_s: float) -> None:
-        """Take account of what a round really took under load; no further from the measured cost than a factor of 2."""
-        measured, cost = self._measured[shape, block_size, manner], self.costs[shape, block_size, manner]
-        seen_s = min(max(round_s, measured.seconds / 2), measured.seconds * 2)
-        corrected_s = cost.seconds + _CORRECTION_RATE * (seen_s - cost.seconds)
-        self.costs[shape, block_size, manner] = replace(cost, seconds=corrected_s)
 
     def _running_slots(self, shape: Shape, sampling: SamplingConfig) -> SlotState:
         """Return slots that all run, with room for the rounds that are timed."""

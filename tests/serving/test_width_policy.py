@@ -40,12 +40,12 @@ def test_rows_that_are_not_drafted_for_count_one_token():
     assert policy.choose(costs, 0, 4) == 1
 
 
-def test_plain_decoding_is_left_for_a_real_gain_only():
+def test_drafting_has_to_promise_more_to_begin_than_to_go_on():
     policy = make_policy(5)
-    assert policy.choose({12: 9.0, 6: 4.95, 1: 1.0}, 1, 0) == 6
-    assert policy.choose({12: 9.0, 6: 5.5, 1: 1.0}, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.95, 1: 1.0}, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.5, 1: 1.0}, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 4.55, 1: 1.0}, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 4.8, 1: 1.0}, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.55, 1: 1.0}, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.4, 1: 1.0}, 1, 0) == 6
 
 
 def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
