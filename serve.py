@@ -16,6 +16,8 @@ from pathlib import Path
 from domino_jax.config_flags import parse_command_line
 from domino_jax.runs.errors import explain_or_raise
 
+_EXTRA = ("fastapi", "uvicorn", "prometheus_client", "h11")
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of a command line; a wrong one ends the program with status 2."""
@@ -116,7 +118,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve as a command line asks; return 0, 1 where the engine failed, or 2 with one sentence where it cannot run."""
     args = parse_arguments(arguments)
     status = []
-    mistake = explain_or_raise(lambda: status.append(_run(args)))
+    try:
+        mistake = explain_or_raise(lambda: status.append(_run(args)))
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRA:
+            raise
+        print(f'error: serving needs {error.name}; install it with pip install -e ".[serve]"', file=sys.stderr)
+        return 2
     return mistake or status[0]
 
 

@@ -28,7 +28,7 @@ import httpx
 MODES = ("domino", "plain")
 
 
-def parse_arguments():
+def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"messages": [...]}')
@@ -38,7 +38,7 @@ def parse_arguments():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--ignore-eos", action="store_true", help="every answer has max-tokens tokens")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     host = urlparse(args.url).hostname or ""
     if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
         parser.error(f"{host} is not this machine; the load goes to loopback addresses only")

@@ -68,7 +68,10 @@ def load_program(path):
     ("page", "programs"),
     [
         ("README.md", {"bench.py", "serve.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
-        ("benchmarks/README.md", {"scripts/compare_transformers.py", "scripts/run_ablations.py"}),
+        (
+            "benchmarks/README.md",
+            {"scripts/compare_transformers.py", "scripts/run_ablations.py", "benchmarks/serving_load.py"},
+        ),
         ("docs/serving.md", {"serve.py"}),
     ],
 )
