@@ -198,7 +198,7 @@ class SlotEngine:
         self._batch.allocate()
         self._is_warming_up = False
         with self._lock:
-            if self._state != "draining":
+            if self._state not in ("draining", "stopped"):
                 self._state = "ready"
 
     def _set_progress(self, text: str) -> None:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.config import SamplingConfig
-from domino_jax.decoding import prefix_pool, slots
+from domino_jax.decoding import prefix_pool, slot_rows, slots
 from domino_jax.decoding.prefill import CHUNK_LENGTHS
 from domino_jax.decoding.prefix_pool import PrefixPool
 from domino_jax.decoding.slots import CallResult, SlotState
@@ -195,16 +195,16 @@ class Programs:
                 )
                 if size > 1:
                     yield ("draft", shape, size), lower(slots.draft_only, self._with_width(size), params, state(shape))
-            yield ("extract", shape), lower(slots.extract_row, state(shape), number)
+            yield ("extract", shape), lower(slot_rows.extract_row, state(shape), number)
             for positions in (p for p in ladders.positions if p <= shape.positions):
                 yield (
                     ("insert", shape, positions),
-                    lower(slots.insert_row, state(shape), state(Shape(1, positions)), number),
+                    lower(slot_rows.insert_row, state(shape), state(Shape(1, positions)), number),
                 )
             for other in self._neighbours(shape):
                 rows = jax.ShapeDtypeStruct((other.rows,), jnp.int32)
                 mask = jax.ShapeDtypeStruct((other.rows,), bool)
-                yield ("resize", shape, other), lower(slots.resize_slots, state(shape), rows, mask, other.positions)
+                yield ("resize", shape, other), lower(slot_rows.resize_slots, state(shape), rows, mask, other.positions)
         last_hidden = jax.ShapeDtypeStruct((1, settings.target.hidden_size), settings.dtype)
         pool = self.pool_shape()
         for positions in ladders.positions:
@@ -235,7 +235,7 @@ class Programs:
         return rows + [Shape(shape.rows, ladders.positions[i]) for i in near if 0 <= i < len(ladders.positions)]
 
     def compile_all(self, report: Callable[[int, int], None], is_stopped: Callable[[], bool]) -> None:
-        """Compile everything and time a round of each; `report` gets how many of how many programs are done.
+        """Compile everything; `report` gets how many of how many programs are done.
 
         Returns early where `is_stopped`.
         """
@@ -337,15 +337,15 @@ class Programs:
         return self._compiled["first", positions](self._params, row, last_hidden)
 
     def insert(self, state: SlotState, shape: Shape, row: SlotState, positions: int, index: int) -> SlotState:
-        """See `decoding.slots.insert_row`."""
+        """See `decoding.slot_rows.insert_row`."""
         return self._compiled["insert", shape, positions](state, row, np.int32(index))
 
     def extract(self, state: SlotState, shape: Shape, index: int) -> SlotState:
-        """See `decoding.slots.extract_row`."""
+        """See `decoding.slot_rows.extract_row`."""
         return self._compiled["extract", shape](state, np.int32(index))
 
     def resize(self, state: SlotState, shape: Shape, other: Shape, rows: np.ndarray, is_used: np.ndarray) -> SlotState:
-        """See `decoding.slots.resize_slots`; `other` is a neighbour of `shape` on one ladder."""
+        """See `decoding.slot_rows.resize_slots`; `other` is a neighbour of `shape` on one ladder."""
         return self._compiled["resize", shape, other](state, rows.astype(np.int32), is_used)
 
     def load_prefix(self, pool: PrefixPool, row: SlotState, positions: int, blocks: Sequence[int]) -> SlotState:

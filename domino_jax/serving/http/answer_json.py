@@ -4,6 +4,7 @@ Chunks are joined from strings that are encoded once, because a busy server writ
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,7 +39,7 @@ def to_text(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
-class _Form:
+class _Form(ABC):
     whole_object: str
     chunk_object: str
 
@@ -105,14 +106,14 @@ class _Form:
         plan = self._answer.plan
         return plan.echo_texts[choice.prompt_index] if plan.echo else ""
 
-    def _content(self, choice: Choice, delta: ChoiceDelta) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def _content(self, choice: Choice, delta: ChoiceDelta) -> str: ...
 
-    def _whole_content(self, choice: Choice) -> Mapping[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole_content(self, choice: Choice) -> Mapping[str, Any]: ...
 
-    def _logprobs(self, choice: Choice, deltas: Sequence[ChoiceDelta]) -> dict[str, Any] | None:
-        raise NotImplementedError
+    @abstractmethod
+    def _logprobs(self, choice: Choice, deltas: Sequence[ChoiceDelta]) -> dict[str, Any] | None: ...
 
 
 class ChatForm(_Form):
