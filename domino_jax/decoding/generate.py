@@ -165,7 +165,7 @@ class Decoder:
     ) -> list[Generation]:
         num_real = len(prompts)
         padding = num_rows - num_real
-        state = _init_state(
+        state = init_state(
             loop,
             prompts + [[0]] * padding,
             budgets + [0] * padding,
@@ -207,7 +207,7 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _init_state(
+def init_state(
     loop: DecodeSettings,
     prompts: list[Sequence[int]],
     budgets: list[int],

@@ -26,7 +26,7 @@ from domino_jax.decoding.state import (
 )
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
-from domino_jax.models.qwen3 import Qwen3, head_weight, project_to_vocabulary
+from domino_jax.models.qwen3 import Qwen3, TargetOutput, head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
@@ -65,10 +65,10 @@ def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int
     return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, purpose)
 
 
-def backbone_block(
+def draft_states(
     settings: DecodeSettings, params: ModelParams, state: DecodeState
-) -> tuple[Float[Array, "B P D"], Float[Array, "B P V"], Int[Array, " B"]]:
-    """Return the states and base logits of the slots that draft tokens, and the anchors they start from."""
+) -> tuple[Float[Array, "B P D"], Int[Array, " B"]]:
+    """Return the backbone's states of the slots that draft tokens, and the anchors they start from."""
     draft = settings.draft
     embedding = params.target["embed_tokens"].astype(settings.dtype)
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)[:, 0]
@@ -80,7 +80,14 @@ def backbone_block(
         state.draft_cache,
         method=DraftBackbone.draft,
     )
-    hidden = hidden[:, -settings.num_draft_tokens :]
+    return hidden[:, -settings.num_draft_tokens :], anchors
+
+
+def backbone_block(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState
+) -> tuple[Float[Array, "B P D"], Float[Array, "B P V"], Int[Array, " B"]]:
+    """Return the states and base logits of the slots that draft tokens, and the anchors they start from."""
+    hidden, anchors = draft_states(settings, params, state)
     return hidden, project_to_vocabulary(hidden, head_weight(params.target)), anchors
 
 
@@ -146,12 +153,11 @@ def _roll_out_head(
     return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
 
 
-def verify_block(
+def read_block(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, drafts: Int[Array, "B P"]
-) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], DecodeState]:
-    """Run the target once over anchor and drafts; return its logits, last states, and `state` with caches written."""
-    draft = settings.draft
-    target = Qwen3(settings.target, draft.target_layer_ids, jnp.dtype(settings.dtype))
+) -> tuple[Float[Array, "B W V"], TargetOutput]:
+    """Run the target once over anchor and drafts; return its logits and everything else it returns."""
+    target = Qwen3(settings.target, settings.draft.target_layer_ids, jnp.dtype(settings.dtype))
     variables = {"params": params.target}
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)
     output = target.apply(
@@ -161,8 +167,15 @@ def verify_block(
         state.target_cache,
         method=Qwen3.forward_cached,
     )
+    return target.apply(variables, output.hidden, method=Qwen3.logits), output
+
+
+def verify_block(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, drafts: Int[Array, "B P"]
+) -> tuple[Float[Array, "B W V"], Float[Array, "B W D"], DecodeState]:
+    """Return the target's logits and last states over anchor and drafts, and `state` with both caches written."""
+    logits, output = read_block(settings, params, state, drafts)
     draft_cache = write_features(settings, params, output.features, state.anchor_pos, state.draft_cache)
-    logits = target.apply(variables, output.hidden, method=Qwen3.logits)
     return logits, output.hidden, state.replace(target_cache=output.cache, draft_cache=draft_cache)
 
 
@@ -200,6 +213,13 @@ def run_round(
     """
     proposal = propose(settings, params, state)
     logits, _, state = verify_block(settings, params, state, proposal.tokens)
+    return commit_block(settings, state, proposal, logits)
+
+
+def commit_block(
+    settings: DecodeSettings, state: DecodeState, proposal: Proposal, logits: Float[Array, "B W V"]
+) -> DecodeState:
+    """Append what the target accepts of a proposal, and its own token after it, to every row that is not done."""
     num_accepted, next_token = accept_block(settings, state, proposal, logits)
     num_drafts = proposal.tokens.shape[1]
     index = jnp.arange(num_drafts + 1)
