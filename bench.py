@@ -47,6 +47,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=_positive, default=1, help="prompts decoded together")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--no-head", action="store_true", help="draft from the base logits alone")
+    add(
+        "--num-candidates",
+        type=int,
+        help="tokens a slot the head corrects, 0: all; by the vocabulary's size if left out",
+    )
     add("--limit", type=_positive, help="only the first prompts")
     add("--repeats", type=_positive, default=1, help="timed runs of each loop; the median counts")
     add("--stop-ids", help="token ids with commas between, empty for none; the model's own by default")
@@ -104,7 +109,7 @@ def _run(args: argparse.Namespace) -> None:
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
     drafter = (draft.config, draft.params) if draft else ()
-    decoder = Decoder(target_config, target_params, *drafter, dtype=args.dtype)
+    decoder = Decoder(target_config, target_params, *drafter, dtype=args.dtype, num_candidates=args.num_candidates)
     settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,

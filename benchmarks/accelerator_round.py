@@ -209,7 +209,9 @@ def measure(args: argparse.Namespace) -> None:
           f"{args.dtype} products {rates.flops_per_s / 1e12:.2f} TFLOP/s")  # fmt: skip
     for size in args.sizes:
         target = SIZES[size]
-        settings = DecodeSettings(target, draft_config(target), 16, dtype=args.dtype)
+        settings = DecodeSettings(
+            target, draft_config(target), 16, dtype=args.dtype, num_candidates=args.num_candidates
+        )
         params = make_params(target, settings.draft, args.dtype)
         for context in args.contexts:
             for batch in args.batches:
@@ -218,8 +220,9 @@ def measure(args: argparse.Namespace) -> None:
                 rows = [{"size": size} | cost.to_row(rates, settings) for cost in costs]
                 _append(args.output / "rows.jsonl", rows)
                 for row in rows:
-                    print(f"{size} batch {batch} context {context} {row['phase']:18s} {row['seconds'] * 1e3:8.3f} ms  "
-                          f"bandwidth {row['bandwidth_share']:5.2f}  products {row['flops_share']:5.3f}", flush=True)  # fmt: skip
+                    shares = f"bandwidth {row['bandwidth_share']:5.2f}  products {row['flops_share']:5.3f}"
+                    name = f"{size} batch {batch} context {context} {row['phase']:18s}"
+                    print(f"{name} {row['seconds'] * 1e3:8.3f} ms  {shares}", flush=True)
                 print(f"  in {time.perf_counter() - began:.0f} s", flush=True)
         if args.trace:
             rows = list(trace_rows(size, settings, params, args.contexts[0], 8))
@@ -236,6 +239,7 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--num-candidates", type=int, default=64, help="tokens a slot the head corrects, 0: all")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--trace", action="store_true", help="kernels of plain steps and rounds at the first context")
     parser.add_argument("--torch", action="store_true", help="time PyTorch too, in a process of its own")

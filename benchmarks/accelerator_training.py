@@ -16,7 +16,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 import numpy as np
-from accelerator_round import SIZES, draft_config, make_params
+from accelerator_round import SIZES, draft_config, make_params, trace_kernels
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.config_flags import parse_config
@@ -47,8 +47,9 @@ def count_flops(target: TargetConfig, draft: DraftConfig, length: int, num_ancho
     }
 
 
-def measure(size: str, length: int, num_micro: int, repeats: int, num_anchors: int) -> dict:
+def measure(args: argparse.Namespace, size: str) -> dict:
     """Return the row of one size."""
+    length, num_micro, repeats, num_anchors = args.length, args.micro_steps, args.repeats, args.num_anchors
     config = parse_config(["--config", _CONFIG, f"--config.objective.num_anchors={num_anchors}"])
     target, draft = SIZES[size], draft_config(SIZES[size])
     params = make_params(target, draft, "bfloat16")
@@ -60,11 +61,19 @@ def measure(size: str, length: int, num_micro: int, repeats: int, num_anchors: i
     began = time.perf_counter()
     compiled = step.lower(state, params.target, inputs).compile()
     compile_s, seconds = time.perf_counter() - began, []
+    box = [state]
+
+    def run() -> dict:
+        box[0], metrics = compiled(box[0], params.target, inputs)
+        return metrics
+
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        state, metrics = compiled(state, params.target, inputs)
-        jax.block_until_ready((state, metrics))
+        metrics = jax.block_until_ready(run())
         seconds.append(time.perf_counter() - began)
+    if args.trace:
+        for name, nanoseconds in trace_kernels(run).most_common(60):
+            print(f"{size} {nanoseconds / 1e6 / num_micro:9.3f} ms a sequence  {name}", flush=True)
     flops = count_flops(target, draft, length, num_anchors)
     memory = compiled.memory_analysis()
     return {
@@ -90,13 +99,14 @@ def main() -> None:
     parser.add_argument("--num-anchors", type=int, default=512)
     parser.add_argument("--micro-steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--trace", action="store_true", help="print the kernels of a step by total time")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     matrix_size = 2048 if jax.default_backend() == "cpu" else 8192
     rate = measure_rates("bfloat16", 1 << 28, matrix_size).flops_per_s
     for size in args.sizes:
-        row = measure(size, args.length, args.micro_steps, args.repeats, args.num_anchors)
+        row = measure(args, size)
         row["matrix_flops_per_s"] = rate
         row["mfu"] = sum(row["flops_a_sequence"].values()) / row["seconds_a_sequence"] / rate
         with (args.output / "training.jsonl").open("a") as file:

@@ -16,7 +16,7 @@ from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, Targe
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
-from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams
+from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams, default_num_candidates
 from domino_jax.models.draft_backbone import init_draft_cache
 from domino_jax.models.qwen3 import init_target_cache
 from domino_jax.ops.sampling import SamplingParams
@@ -52,16 +52,26 @@ class Decoder:
         draft_config: DraftConfig | None = None,
         draft_params: Params | None = None,
         dtype: str = "float32",
+        num_candidates: int | None = None,
     ) -> None:
         """Hold both models; `dtype` names the activation and cache type.
 
+        `num_candidates` tokens a slot are corrected by the head (`DecodeSettings`), 0: the whole vocabulary, None: the
+        default for its size.
+
         Raises:
-            DecodingError: the drafter does not fit the target.
+            DecodingError: the drafter does not fit the target, or `num_candidates` is negative.
         """
         misfits = find_misfits(draft_config, target_config) if draft_config else []
         if misfits:
             raise DecodingError("the drafter does not fit the target:\n  " + "\n  ".join(misfits))
-        self.settings = DecodeSettings(target=target_config, draft=draft_config, dtype=dtype)
+        if num_candidates is not None and num_candidates < 0:
+            raise DecodingError(f"num_candidates is {num_candidates}; give 0 for the whole vocabulary, or more")
+        if num_candidates is None:
+            num_candidates = default_num_candidates(target_config.vocab_size)
+        self.settings = DecodeSettings(
+            target=target_config, draft=draft_config, dtype=dtype, num_candidates=num_candidates
+        )
         self.params = ModelParams(target_params, draft_params)
         self.last_timings = Timings(0.0, 0.0)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.ops.precision import in_full_precision
+from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import choose_tokens, gumbel_noise, scale_and_filter
 from domino_jax.shapes import Array, Float, Int
 
@@ -20,7 +21,7 @@ def choose_next(
 ) -> Int[Array, "B W"]:
     """Return the target's own choice for the tokens at `positions`: the argmax, or a draw with the row's noise."""
     if settings.rule == "greedy":
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return first_argmax(logits)
     noise = gumbel_noise(state.sampling.seed, positions, logits.shape[-1], "choice")
     return choose_tokens(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling, noise)
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from domino_jax.decoding.plain import choose_next, read_anchor
 from domino_jax.decoding.prefill import run_chunk
-from domino_jax.decoding.speculative import backbone_block, choose_block, verify_block
+from domino_jax.decoding.rollout import choose_block
+from domino_jax.decoding.speculative import backbone_block, verify_block
 from domino_jax.decoding.state import (
     SOURCE_BONUS,
     SOURCE_CORRECTED,

@@ -10,11 +10,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from domino_jax.decoding.plain import choose_next
+from domino_jax.decoding.rollout import Proposal, choose_block
 from domino_jax.decoding.state import (
     SOURCE_BONUS,
     SOURCE_CORRECTED,
@@ -24,45 +24,20 @@ from domino_jax.decoding.state import (
     ModelParams,
     commit_tokens,
 )
-from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import Qwen3, TargetOutput, head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
-    SamplingParams,
-    choose_tokens,
     gumbel_noise,
     row_probabilities,
     scale_and_filter,
     uniform_noise,
 )
 from domino_jax.ops.verification import accept_by_ratio, accept_equal, sample_law
-from domino_jax.shapes import Array, Float, Int, Params
-
-
-@flax.struct.dataclass
-class Proposal:
-    """Drafted tokens of a round.
-
-    Attributes:
-        probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
-    """
-
-    tokens: Int[Array, "B P"]
-    probs: Float[Array, "B P V"] | None
-
+from domino_jax.shapes import Array, Float, Int
 
 Propose: TypeAlias = Callable[[DecodeSettings, ModelParams, DecodeState], Proposal]
-
-
-def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int) -> Float[Array, "B W V"] | None:
-    """Return the noise drafts are chosen with at the next positions: the target's own under seed-exact."""
-    if settings.rule == "greedy":
-        return None
-    positions = state.committed_len[:, None] + jnp.arange(num_positions)
-    purpose = "choice" if settings.rule == "seed-exact" else "draft"
-    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, purpose)
 
 
 def draft_states(
@@ -94,63 +69,6 @@ def backbone_block(
 def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Proposal:
     """Draft a block: the backbone in one pass, then the head token by token where there is one."""
     return choose_block(settings, params, state, *backbone_block(settings, params, state))
-
-
-def choose_block(
-    settings: DecodeSettings,
-    params: ModelParams,
-    state: DecodeState,
-    hidden: Float[Array, "B P D"],
-    base_logits: Float[Array, "B P V"],
-    anchors: Int[Array, " B"],
-) -> Proposal:
-    """Choose a block's tokens from what `backbone_block` returned."""
-    noise = draft_noise(settings, state, settings.num_draft_tokens)
-    if not (settings.draft.has_head and settings.use_head):
-        return _choose_drafts(settings, state.sampling, base_logits, noise)
-    head = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype))
-    return _roll_out_head(settings, state.sampling, params, head, hidden, base_logits, anchors, noise)
-
-
-def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
-    if noise is None:
-        return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
-    log_weights = scale_and_filter(logits, sampling, settings.has_filters)
-    probs = row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
-    return Proposal(choose_tokens(log_weights, sampling, noise), probs)
-
-
-def _roll_out_head(
-    settings: DecodeSettings,
-    sampling: SamplingParams,
-    params: ModelParams,
-    head: DominoHead,
-    hidden: Float[Array, "B P D"],
-    base_logits: Float[Array, "B P V"],
-    anchors: Int[Array, " B"],
-    noise: Float[Array, "B P V"] | None,
-) -> Proposal:
-    variables: Params = {"params": params.draft["head"]}
-    embedding = params.target["embed_tokens"].astype(settings.dtype)
-    projected = head.apply(variables, hidden, method=DominoHead.project_hidden)
-    prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
-
-    def step(carry: tuple, slot: tuple) -> tuple[tuple, tuple]:
-        state, previous = carry
-        logits, inner, slot_noise, is_corrected = slot
-        state = head.apply(variables, state, embedding[previous], method=DominoHead.step)
-        correction = head.apply(variables, inner, state, method=DominoHead.correct_projected)
-        logits = logits + jnp.where(is_corrected, correction, 0.0)
-        row_noise = None if slot_noise is None else slot_noise[:, None]
-        chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
-        tokens = chosen.tokens[:, 0]
-        return (state, tokens), (tokens, None if chosen.probs is None else chosen.probs[:, 0])
-
-    by_slot = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (base_logits, projected, noise))
-    is_corrected = jnp.arange(base_logits.shape[1]) >= prefix_len
-    start = (head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state), anchors)
-    _, drafted = jax.lax.scan(step, start, (*by_slot, is_corrected))
-    return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
 
 
 def read_block(

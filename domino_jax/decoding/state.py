@@ -21,6 +21,19 @@ from domino_jax.shapes import Array, Bool, Int, Params
 SOURCE_PROMPT, SOURCE_TARGET, SOURCE_DRAFTED, SOURCE_CORRECTED, SOURCE_BONUS = range(len(SOURCE_NAMES))
 
 
+_MIN_VOCAB_TO_LIMIT, _NUM_CANDIDATES = 65536, 64
+
+
+def default_num_candidates(vocab_size: int) -> int:
+    """Return `DecodeSettings.num_candidates` where nobody has chosen: 64 tokens of a large vocabulary, all of a small.
+
+    Source: at Qwen3's vocabulary tau does not change from 16 candidates on (others' measurement). On the embedded pair,
+    4096 tokens and a head that does much of the work, 64 cost 2 % of tau (docs/performance.md), and the whole
+    vocabulary is cheap there.
+    """
+    return _NUM_CANDIDATES if vocab_size >= _MIN_VOCAB_TO_LIMIT else 0
+
+
 @dataclass(frozen=True)
 class DecodeSettings:
     """The static side of a decoding loop; a new value compiles a new loop.
@@ -32,6 +45,8 @@ class DecodeSettings:
         rule: `greedy` promises that every row has temperature 0 and draws no noise.
         has_filters: whether any row uses top-k, top-p or min-p.
         use_head: False drafts from the base logits although the drafter has a head.
+        num_candidates: tokens a slot the head corrects, those its base logits rank highest; 0 corrects the whole
+            vocabulary. The rejection rule needs the law of every token and always does the latter.
         dtype: name of the activation and cache type.
     """
 
@@ -41,12 +56,18 @@ class DecodeSettings:
     rule: Literal["greedy", "seed-exact", "rejection"] = "greedy"
     has_filters: bool = False
     use_head: bool = True
+    num_candidates: int = 0
     dtype: str = "float32"
 
     @property
     def num_draft_tokens(self) -> int:
         """Tokens drafted a round."""
         return self.draft.num_draft_tokens(self.block_size) if self.draft else 0
+
+    @property
+    def limits_candidates(self) -> bool:
+        """Whether the head corrects some tokens of a slot only."""
+        return 0 < self.num_candidates < self.target.vocab_size and self.rule != "rejection"
 
 
 @no_type_check  # see `domino_jax.shapes`

@@ -21,9 +21,8 @@ from domino_jax.config import SamplingConfig
 from domino_jax.decoding.generate import init_state
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import CHUNK_LENGTHS, prefill_chunk
+from domino_jax.decoding.rollout import Proposal, choose_block
 from domino_jax.decoding.speculative import (
-    Proposal,
-    choose_block,
     commit_block,
     decode_speculative,
     draft_states,
@@ -56,7 +55,7 @@ class PhaseCost:
     """One phase at one batch and context.
 
     Attributes:
-        phase: one of `PHASES`, or `prefill` (a chunk), `plain step`, `round`, `loop and host` (a round less its phases).
+        phase: one of `PHASES`, or `prefill` (a chunk), `plain step`, `round`, `loop and host` (a round less phases).
         seconds: median over the repeats.
         num_bytes: bytes it cannot avoid to move; 0 where nothing is counted.
         num_flops: multiplications and additions of its matrix products.
@@ -320,7 +319,8 @@ def count_work(settings: DecodeSettings, batch: int, context: int) -> dict[str, 
     draft_logits = 4 * batch * drafts * vocab
     context_weights = width * width * len(draft.target_layer_ids) + layers * 2 * width * kv_width
     gru, rank = draft.gru_hidden_dim, draft.emb_dim
-    step_weights = 3 * gru * (width + gru) + rank * (gru + vocab)
+    corrected = settings.num_candidates if settings.limits_candidates else vocab
+    step_weights = 3 * gru * (width + gru) + rank * (gru + corrected)
     work = {
         "backbone": (
             item * (backbone + 2 * layers * kv_width * context * batch),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from domino_jax.config import DraftConfig
 from domino_jax.models.draft_backbone import init_backbone_params
 from domino_jax.models.layers import INIT_STDDEV
+from domino_jax.ops.products import einsum_in_float32, multiply
 from domino_jax.shapes import Array, Float, Params
 
 
@@ -44,14 +45,22 @@ class DominoHead(nn.Module):
 
     def step(self, state: Float[Array, "*batch R"], embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch R"]:
         """Return the GRU's state after reading one more token embedding."""
-        return self._update(state, embedding.astype(self.dtype) @ self.gru_input.astype(self.dtype))
+        return self._update(state, self.input_gates(embedding))
+
+    def input_gates(self, embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
+        """Return the part of the GRU's three gates that depends on the token read alone."""
+        return embedding.astype(self.dtype) @ self.gru_input.astype(self.dtype)
+
+    def project_state(
+        self, state: Float[Array, "*batch R"]
+    ) -> tuple[Float[Array, "*batch gates"], Float[Array, "*batch E"]]:
+        """Return what a state gives to the gates of the step after it and to its own correction, in one product."""
+        weight = jnp.concatenate([self.gru_hidden, self.down[self.config.hidden_size :]], axis=-1)
+        gates, inner = jnp.split(multiply(state, weight.astype(self.dtype)), [self.gru_hidden.shape[-1]], axis=-1)
+        return gates, inner
 
     def _update(self, state: Array, input_gates: Array) -> Array:
-        reset_in, update_in, new_in = jnp.split(input_gates, 3, axis=-1)
-        reset_state, update_state, new_state = jnp.split(state @ self.gru_hidden.astype(self.dtype), 3, axis=-1)
-        reset = jax.nn.sigmoid(reset_in + reset_state)
-        update = jax.nn.sigmoid(update_in + update_state)
-        return (1 - update) * jnp.tanh(new_in + reset * new_state) + update * state
+        return update_state(state, input_gates, state @ self.gru_hidden.astype(self.dtype))
 
     def teacher_states(self, embeddings: Float[Array, "*batch T D"]) -> Float[Array, "*batch T R"]:
         """Return the state after each of T given tokens."""
@@ -71,7 +80,7 @@ class DominoHead(nn.Module):
     ) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits from `project_hidden`'s result and a GRU state."""
         inner = jax.nn.silu(projected + state @ self.down[self.config.hidden_size :].astype(self.dtype))
-        return jnp.matmul(inner, self.up.astype(self.dtype), preferred_element_type=jnp.float32)
+        return einsum_in_float32("...e,ev->...v", inner, self.up.astype(self.dtype))
 
     def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits of slots with states `hidden`."""
@@ -79,6 +88,19 @@ class DominoHead(nn.Module):
 
     def _touch_all(self, hidden: Array) -> Array:
         return self.correct(hidden, self.step(self.init_state(hidden.shape[:-1]), hidden))
+
+
+def update_state(
+    state: Float[Array, "*batch R"],
+    input_gates: Float[Array, "*batch gates"],
+    state_gates: Float[Array, "*batch gates"],
+) -> Float[Array, "*batch R"]:
+    """Return the GRU's next state; the gates hold reset, update and new, from the token read and from the state."""
+    reset_in, update_in, new_in = jnp.split(input_gates, 3, axis=-1)
+    reset_state, update_gate_state, new_state = jnp.split(state_gates, 3, axis=-1)
+    reset = jax.nn.sigmoid(reset_in + reset_state)
+    update = jax.nn.sigmoid(update_in + update_gate_state)
+    return (1 - update) * jnp.tanh(new_in + reset * new_state) + update * state
 
 
 def init_draft_params(config: DraftConfig, key: Array) -> Params:

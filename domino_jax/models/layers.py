@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.ops.attention import apply_rope
+from domino_jax.ops.products import multiply
 from domino_jax.shapes import Array, Float, Int
 
 INIT_STDDEV = 0.02
@@ -68,7 +69,7 @@ class DecoderLayer(nn.Module):
 
     def queries(self, normed: Float[Array, "*batch T D"], positions: Int[Array, "*batch T"]) -> Float[Array, "..."]:
         """Return rotated queries `[..., T, N, H]` of normed states."""
-        heads = (normed @ self.q_proj.astype(self.dtype)).reshape(*normed.shape[:-1], -1, self.head_dim)
+        heads = multiply(normed, self.q_proj.astype(self.dtype)).reshape(*normed.shape[:-1], -1, self.head_dim)
         return apply_rope(rms_norm(heads, self.q_norm, self.rms_norm_eps), positions, self.rope_theta)
 
     def keys_values(
@@ -76,16 +77,17 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Return rotated keys and values, each `[..., T, K, H]`, of states that need no further norm."""
         shape = (*states.shape[:-1], -1, self.head_dim)
-        keys = (states @ self.k_proj.astype(self.dtype)).reshape(shape)
+        keys = multiply(states, self.k_proj.astype(self.dtype)).reshape(shape)
         keys = apply_rope(rms_norm(keys, self.k_norm, self.rms_norm_eps), positions, self.rope_theta)
-        return keys, (states @ self.v_proj.astype(self.dtype)).reshape(shape)
+        return keys, multiply(states, self.v_proj.astype(self.dtype)).reshape(shape)
 
     def finish(self, x: Float[Array, "*batch T D"], mixed: Float[Array, "*batch T N H"]) -> Float[Array, "..."]:
         """Return the layer's output `[..., T, D]` from its input and the attention's result."""
-        x = x + mixed.reshape(*mixed.shape[:-2], -1) @ self.o_proj.astype(self.dtype)
+        x = x + multiply(mixed.reshape(*mixed.shape[:-2], -1), self.o_proj.astype(self.dtype))
         normed = rms_norm(x, self.post_attention_layernorm, self.rms_norm_eps)
-        gate = jax.nn.silu(normed @ self.gate_proj.astype(self.dtype))
-        return x + (gate * (normed @ self.up_proj.astype(self.dtype))) @ self.down_proj.astype(self.dtype)
+        gate = jax.nn.silu(multiply(normed, self.gate_proj.astype(self.dtype)))
+        inner = gate * multiply(normed, self.up_proj.astype(self.dtype))
+        return x + multiply(inner, self.down_proj.astype(self.dtype))
 
 
 def make_layer(config: TargetConfig | DraftConfig, dtype: jnp.dtype, residual_scale: float = 1.0) -> DecoderLayer:

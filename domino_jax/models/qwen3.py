@@ -8,14 +8,14 @@ Source: Hugging Face `Qwen3ForCausalLM`; features as in Domino, arXiv 2605.29707
 
 import flax.linen as nn
 import flax.struct
-import jax
 import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
-from domino_jax.ops.attention import attend
+from domino_jax.ops.attention import attend, attend_causal
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
-from domino_jax.shapes import Array, Bool, Float, Int, Params
+from domino_jax.ops.products import einsum_in_float32
+from domino_jax.shapes import Array, Float, Int, Params
 
 
 @flax.struct.dataclass
@@ -35,12 +35,7 @@ class TargetOutput:
 
 def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits; shared by the target and by every drafter that borrows its head."""
-    return jax.lax.dot_general(
-        hidden,
-        head.astype(hidden.dtype),
-        (((hidden.ndim - 1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    return einsum_in_float32("...d,vd->...v", hidden, head.astype(hidden.dtype))
 
 
 class Qwen3(nn.Module):
@@ -67,29 +62,14 @@ class Qwen3(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = self.param("lm_head", normal, (c.vocab_size, c.hidden_size))
 
-    def __call__(
-        self,
-        token_ids: Int[Array, "B T"],
-        positions: Int[Array, "B T"] | None = None,
-        attend_mask: Bool[Array, "B T T"] | None = None,
-    ) -> TargetOutput:
-        """Run whole sequences; positions default to 0 .. T-1 and the mask to causal attention."""
-        batch, length = token_ids.shape
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
-        if attend_mask is None:
-            attend_mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    def __call__(self, token_ids: Int[Array, "B T"]) -> TargetOutput:
+        """Run whole sequences from position 0; every token sees those up to itself."""
+        positions = jnp.broadcast_to(jnp.arange(token_ids.shape[1]), token_ids.shape)
         x = self.embed(token_ids)
         captured = {}
         for i, layer in enumerate(self.layers):
             normed = layer.normed_input(x)
-            keys, values = layer.keys_values(normed, positions)
-            mixed = attend(
-                layer.queries(normed, positions),
-                keys.transpose(0, 2, 3, 1),
-                values.transpose(0, 2, 1, 3),
-                attend_mask,
-            )
+            mixed = attend_causal(layer.queries(normed, positions), *layer.keys_values(normed, positions))
             x = layer.finish(x, mixed)
             captured[i] = x
         return self._output(x, captured, None)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from domino_jax.ops.products import einsum_in_float32
 from domino_jax.shapes import Array, Bool, Float, Int
 
 _MASKED_SCORE = -1e30
@@ -50,7 +51,7 @@ def attend(
     groups = num_heads // num_kv
     grouped = queries.reshape(batch, num_queries, num_kv, groups, head_dim).transpose(0, 2, 3, 1, 4)
     rows = grouped.reshape(batch, num_kv, groups * num_queries, head_dim)
-    scores = jnp.einsum("bkqh,bkhs->bkqs", rows, keys, preferred_element_type=jnp.float32) * head_dim**-0.5
+    scores = einsum_in_float32("bkqh,bkhs->bkqs", rows, keys) * head_dim**-0.5
     scores = scores.reshape(batch, num_kv, groups, num_queries, -1)
     scores = jnp.where(attend_mask[:, None, None], scores, _MASKED_SCORE)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
@@ -58,6 +59,34 @@ def attend(
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights, values)
     mixed = mixed.reshape(batch, num_kv, groups, num_queries, head_dim)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, num_queries, num_heads, head_dim)
+
+
+def attend_causal(
+    queries: Float[Array, "B T N H"], keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"]
+) -> Float[Array, "B T N H"]:
+    """Return grouped-query attention of whole sequences, every token seeing those up to itself.
+
+    Where cuDNN has a fused kernel for the type and the device at hand, it is used: scores are then never written to
+    memory. Everywhere else they are.
+    """
+    if _has_fused_attention(queries.dtype, queries.shape[-1]):
+        return jax.nn.dot_product_attention(queries, keys, values, is_causal=True, implementation="cudnn")
+    length = queries.shape[1]
+    attend_mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (queries.shape[0], length, length))
+    return attend(queries, keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3), attend_mask)
+
+
+@functools.cache
+def _has_fused_attention(dtype: jnp.dtype, head_dim: int) -> bool:
+    if jax.default_backend() != "gpu" or jnp.dtype(dtype).itemsize != 2:
+        return False
+    shape = jax.ShapeDtypeStruct((1, 128, 1, head_dim), dtype)
+    attend_fused = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    try:
+        jax.eval_shape(attend_fused, shape, shape, shape)
+    except (RuntimeError, ValueError, NotImplementedError):  # this cuDNN or this device has no kernel for it
+        return False
+    return True
 
 
 def attend_blocks(
@@ -123,10 +152,10 @@ def _attend_chunk(
     groups = num_heads // num_kv
     scale = head_dim**-0.5
     grouped = queries.reshape(batch, num_anchors, block, num_kv, groups, head_dim).transpose(0, 3, 4, 1, 2, 5)
-    context_scores = jnp.einsum("bkgaph,bkhs->bkgaps", grouped, context_keys, preferred_element_type=jnp.float32)
+    context_scores = einsum_in_float32("bkgaph,bkhs->bkgaps", grouped, context_keys)
     is_before = jnp.arange(context_keys.shape[-1]) < anchor_pos[..., None]
     context_scores = jnp.where(is_before[:, None, None, :, None], context_scores * scale, _MASKED_SCORE)
-    block_scores = jnp.einsum("bkgaph,baqkh->bkgapq", grouped, block_keys, preferred_element_type=jnp.float32) * scale
+    block_scores = einsum_in_float32("bkgaph,baqkh->bkgapq", grouped, block_keys) * scale
     weights = jax.nn.softmax(jnp.concatenate([context_scores, block_scores], axis=-1), axis=-1)
     context_weights, block_weights = jnp.split(weights.astype(queries.dtype), [context_keys.shape[-1]], axis=-1)
     mixed = jnp.einsum("bkgaps,bksh->bkgaph", context_weights, context_values)

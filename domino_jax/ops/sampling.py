@@ -13,6 +13,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from domino_jax.ops.ranking import first_argmax
 from domino_jax.shapes import Array, Float, Int, UInt32
 
 Purpose = Literal["choice", "draft", "accept", "residual"]
@@ -59,7 +60,7 @@ def scale_and_filter(
 
 def row_probabilities(log_weights: Float[Array, "B T V"], sampling: SamplingParams) -> Float[Array, "B T V"]:
     """Return the law of `scale_and_filter`'s result; all mass on the argmax for rows of temperature 0."""
-    greedy = jax.nn.one_hot(jnp.argmax(log_weights, axis=-1), log_weights.shape[-1], dtype=log_weights.dtype)
+    greedy = jax.nn.one_hot(first_argmax(log_weights), log_weights.shape[-1], dtype=log_weights.dtype)
     return jnp.where(sampling.temperature[:, None, None] > 0, jax.nn.softmax(log_weights, axis=-1), greedy)
 
 
@@ -69,7 +70,7 @@ def choose_tokens(
     """Return argmax(log_weights + gumbel); rows of temperature 0, and all rows where `gumbel` is None, are greedy."""
     if gumbel is not None:
         log_weights = jnp.where(sampling.temperature[:, None, None] > 0, log_weights + gumbel, log_weights)
-    return jnp.argmax(log_weights, axis=-1).astype(jnp.int32)
+    return first_argmax(log_weights)
 
 
 def _noise_keys(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Array:

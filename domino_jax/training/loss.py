@@ -22,6 +22,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
 from domino_jax.models.qwen3 import project_to_vocabulary
+from domino_jax.ops.ranking import first_argmax
 from domino_jax.run_config import ObjectiveConfig
 from domino_jax.shapes import Array, Bool, Float, Int, Params
 from domino_jax.training.anchors import Blocks, build_blocks, gather_rows
@@ -153,7 +154,7 @@ def draft_logits(
 def _cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Return the cross-entropy of every slot, and 1.0 where its most likely token is the label."""
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    is_right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+    is_right = (first_argmax(logits) == labels).astype(jnp.float32)
     return jax.nn.logsumexp(logits, axis=-1) - label_logits, is_right
 
 

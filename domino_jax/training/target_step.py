@@ -17,6 +17,7 @@ import optax
 from domino_jax.config import TargetConfig
 from domino_jax.models.qwen3 import Qwen3, init_target_params
 from domino_jax.ops.precision import in_full_precision
+from domino_jax.ops.ranking import first_argmax
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.training.copy_init import seed_copying
 
@@ -76,7 +77,7 @@ def target_loss(
     is_token = jnp.arange(1, input_ids.shape[1]) < lengths[:, None]
     weights = jnp.where(is_token, jnp.maximum(answer, prompt_weight), 0.0)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    accuracy = jnp.sum((jnp.argmax(logits, -1) == labels) * answer) / jnp.maximum(jnp.sum(answer), 1.0)
+    accuracy = jnp.sum((first_argmax(logits) == labels) * answer) / jnp.maximum(jnp.sum(answer), 1.0)
     return jnp.sum(losses * weights) / jnp.maximum(jnp.sum(weights), 1.0), accuracy
 
 

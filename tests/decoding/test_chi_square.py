@@ -13,7 +13,7 @@ import pytest
 from scipy import stats
 
 from domino_jax.config import SamplingConfig
-from domino_jax.decoding import generate, speculative
+from domino_jax.decoding import generate, rollout, speculative
 from domino_jax.models.qwen3 import Qwen3
 from tests.decoding.tiny_pair import make_decoder
 
@@ -127,7 +127,7 @@ REJECTION_VARIANTS = (
 
 def break_rejection(monkeypatch):
     accept, uniform = speculative.accept_by_ratio, speculative.uniform_noise
-    choose = speculative._choose_drafts
+    choose = rollout._choose_drafts
     num = len(REJECTION_VARIANTS)
 
     def only(at, changed, usual):
@@ -153,12 +153,9 @@ def break_rejection(monkeypatch):
         hotter = choose(settings, sampling.replace(temperature=2.5 * sampling.temperature), logits, noise)
         return usual.replace(tokens=only(3, hotter.tokens, usual.tokens))
 
-    for name, function in (
-        ("accept_by_ratio", broken_accept),
-        ("uniform_noise", broken_uniform),
-        ("_choose_drafts", broken_choose),
-    ):
-        monkeypatch.setattr(speculative, name, function)
+    monkeypatch.setattr(speculative, "accept_by_ratio", broken_accept)
+    monkeypatch.setattr(speculative, "uniform_noise", broken_uniform)
+    monkeypatch.setattr(rollout, "_choose_drafts", broken_choose)
 
 
 EXACT_VARIANTS = (
@@ -227,7 +224,7 @@ def test_q_must_be_the_corrected_law(decoder, exact_law):
     def propose(settings, params, state):
         usual = speculative.propose_block(settings, params, state)
         _, base_logits, _ = speculative.backbone_block(settings, params, state)
-        base = speculative._choose_drafts(settings, state.sampling, base_logits, jnp.zeros_like(base_logits))
+        base = rollout._choose_drafts(settings, state.sampling, base_logits, jnp.zeros_like(base_logits))
         return usual.replace(probs=base.probs)
 
     tokens = np.concatenate([draw(decoder, "rejection", ROWS, 7_000 * (i + 1), propose)[0] for i in range(BATCHES)])

@@ -11,7 +11,8 @@ import numpy as np
 
 from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
 from domino_jax.decoding.generate import Decoder
-from domino_jax.decoding.speculative import Proposal, propose_block
+from domino_jax.decoding.rollout import Proposal
+from domino_jax.decoding.speculative import propose_block
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 

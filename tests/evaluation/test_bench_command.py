@@ -126,6 +126,7 @@ def test_the_three_forms_and_the_settings(run, material):
         "rule": "seed-exact",
         "block_size": BLOCK,
         "use_head": True,
+        "num_candidates": 0,
         "batch_size": 1,
         "repeats": 1,
         "stop_ids": [2],

@@ -1,0 +1,161 @@
+"""From the backbone's states to drafted tokens: the head's roll-out, over the vocabulary or over candidates.
+
+The roll-out is the only sequential part of a draft, so nothing is in its loop that can be outside: the part of the
+correction that depends on the slot alone, and, over candidates, everything that is indexed by a token. Candidates
+of a slot are the M tokens that its base logits (with the noise they are chosen by) rank highest; a token outside them
+is not drafted. That changes which tokens are proposed, never which are committed.
+
+Source: Domino, arXiv 2605.29707; candidate-limited correction as in SGLang.
+"""
+
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
+from domino_jax.models.domino_head import DominoHead, update_state
+from domino_jax.ops.products import einsum_in_float32
+from domino_jax.ops.ranking import first_argmax, top_indices
+from domino_jax.ops.sampling import SamplingParams, choose_tokens, gumbel_noise, row_probabilities, scale_and_filter
+from domino_jax.shapes import Array, Float, Int
+
+_MAX_GATE_ROWS = 256
+"""Rows times candidates up to which an accelerator computes the gates of all candidates at once: one product that
+reads the weight once, where the loop would read it once a token. A CPU is quicker with the one token that is chosen."""
+
+
+@flax.struct.dataclass
+class Proposal:
+    """Drafted tokens of a round.
+
+    Attributes:
+        probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
+    """
+
+    tokens: Int[Array, "B P"]
+    probs: Float[Array, "B P V"] | None
+
+
+def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int) -> Float[Array, "B W V"] | None:
+    """Return the noise drafts are chosen with at the next positions: the target's own under seed-exact."""
+    if settings.rule == "greedy":
+        return None
+    positions = state.committed_len[:, None] + jnp.arange(num_positions)
+    purpose = "choice" if settings.rule == "seed-exact" else "draft"
+    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, purpose)
+
+
+def choose_block(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    hidden: Float[Array, "B P D"],
+    base_logits: Float[Array, "B P V"],
+    anchors: Int[Array, " B"],
+) -> Proposal:
+    """Choose a block's tokens from the backbone's states and base logits."""
+    noise = draft_noise(settings, state, settings.num_draft_tokens)
+    if not (settings.draft.has_head and settings.use_head):
+        return _choose_drafts(settings, state.sampling, base_logits, noise)
+    if not settings.limits_candidates:
+        return _roll_out_head(settings, state.sampling, params, hidden, base_logits, None, anchors, noise)
+    candidates = _find_candidates(settings, state.sampling, base_logits, noise)
+    logits = jnp.take_along_axis(base_logits, candidates, axis=-1)
+    noise = None if noise is None else jnp.take_along_axis(noise, candidates, axis=-1)
+    return _roll_out_head(settings, state.sampling, params, hidden, logits, candidates, anchors, noise)
+
+
+def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
+    if noise is None:
+        return Proposal(first_argmax(logits), None)
+    log_weights = scale_and_filter(logits, sampling, settings.has_filters)
+    probs = row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
+    return Proposal(choose_tokens(log_weights, sampling, noise), probs)
+
+
+def _find_candidates(
+    settings: DecodeSettings, sampling: SamplingParams, base_logits: Float[Array, "B P V"], noise: Array | None
+) -> Int[Array, "B P M"]:
+    if noise is None:
+        return top_indices(base_logits, settings.num_candidates)
+    # A filter keeps the likely tokens whatever their noise is: the rows that have one take their candidates from those.
+    is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    takes_noise = (sampling.temperature > 0) & ~is_filtered
+    scaled = scale_and_filter(base_logits, sampling, has_filters=False)
+    return top_indices(scaled + jnp.where(takes_noise[:, None, None], noise, 0.0), settings.num_candidates)
+
+
+def _roll_out_head(
+    settings: DecodeSettings,
+    sampling: SamplingParams,
+    params: ModelParams,
+    hidden: Float[Array, "B P D"],
+    base_logits: Float[Array, "B P M"],
+    candidates: Int[Array, "B P M"] | None,
+    anchors: Int[Array, " B"],
+    noise: Float[Array, "B P M"] | None,
+) -> Proposal:
+    """Draft token by token; `candidates` names the tokens the logits belong to, None: they are the vocabulary's."""
+    head, variables = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype)), {"params": params.draft["head"]}
+    embedding = params.target["embed_tokens"].astype(settings.dtype)
+    up = variables["params"]["up"].astype(settings.dtype)
+    prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
+
+    def read_token(tokens: Int[Array, " B"]) -> Float[Array, "B gates"]:
+        return head.apply(variables, embedding[tokens], method=DominoHead.input_gates)
+
+    def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
+        state, state_gates, input_gates = carry
+        state = update_state(state, input_gates, state_gates)
+        state_gates, inner = head.apply(variables, state, method=DominoHead.project_state)
+        inner = jax.nn.silu(slot["projected"] + inner)
+        if candidates is None:
+            correction = einsum_in_float32("be,ev->bv", inner, up)
+        else:
+            correction = einsum_in_float32("be,bme->bm", inner, slot["up"])
+        logits = slot["logits"] + jnp.where(slot["is_corrected"], correction, 0.0)
+        row_noise = None if slot["noise"] is None else slot["noise"][:, None]
+        chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
+        tokens = places = chosen.tokens[:, 0]
+        if candidates is not None:
+            tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
+        if slot["gates"] is None:
+            input_gates = read_token(tokens)
+        else:
+            input_gates = jax.lax.platform_dependent(
+                tokens,
+                places,
+                slot["gates"],
+                cpu=lambda tokens, *_: read_token(tokens),
+                default=lambda _, places, gates: jnp.take_along_axis(gates, places[:, None, None], axis=1)[:, 0],
+            )
+        return (state, state_gates, input_gates), (tokens, None if chosen.probs is None else chosen.probs[:, 0])
+
+    slots = {
+        "logits": base_logits,
+        "candidates": candidates,
+        "noise": noise,
+        "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
+        "up": None if candidates is None else up.T[candidates],
+        "gates": _gates_of_candidates(candidates, read_token),
+    }
+    slots = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), slots)
+    slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= prefix_len
+    state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
+    no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
+    _, drafted = jax.lax.scan(step, (state, no_gates, read_token(anchors)), slots)
+    return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
+
+
+def _gates_of_candidates(candidates: Array | None, read_token: Callable[[Array], Array]) -> Array | None:
+    """Return the GRU's input gates of every candidate; None where one token a step is quicker on any device."""
+    if candidates is None or candidates.shape[0] * candidates.shape[-1] > _MAX_GATE_ROWS:
+        return None
+    width = jax.eval_shape(read_token, candidates).shape[-1]
+    return jax.lax.platform_dependent(
+        candidates,
+        cpu=lambda ids: jnp.zeros((*ids.shape, width), jax.eval_shape(read_token, ids).dtype),
+        default=read_token,
+    )
