@@ -117,6 +117,7 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         (["--target", "TARGET", "--memory-fraction", "0.0000001"], "may use"),
         (["--target", "TARGET", "--memory-fraction", "nan"], "memory_fraction is nan"),
         (["--target", "TARGET", "--max-slots", "0"], "max_slots is 0"),
+        (["--target", "TARGET", "--max-connections", "0"], "max_connections is 0"),
         (["--target", "TARGET", "--draft", "DRAFT", "--block-size", "0"], "outside 1 .. 5"),
         (["--target", "TARGET", "--max-slots", "4", "--batch-sizes", "8"], "batch_sizes has 8"),
         (["--target", "TARGET", "--compilation-cache", "FILE"], "not a directory that can be written"),
