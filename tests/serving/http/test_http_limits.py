@@ -116,8 +116,9 @@ def test_requests_on_one_connection(server):
 
 
 def test_a_client_that_does_not_read_is_dropped(serve):
-    engine = FakeEngine(script=[*b"y" * 12_000], rounds=(1,), max_model_len=16_000)
+    engine = FakeEngine(script=[*b"y" * 12_000], rounds=(1,), round_s=0.002, max_model_len=16_000)
     server = serve(engine, write_timeout_s=0.3)
+    server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = json.dumps({"prompt": "x", "stream": True, "return_token_sources": True, "logprobs": 5}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
