@@ -37,6 +37,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--api-key", action="append", default=[], help="may be repeated; else DOMINO_API_KEY, with commas"
     )
     http.add_argument("--cors-origin", action="append", default=[], help="web origin that may call the API; repeatable")
+    http.add_argument("--max-connections", type=int, default=512, help="open at once; further ones get 503")
     http.add_argument("--request-timeout", type=float, default=600.0, metavar="SECONDS")
     http.add_argument("--drain-grace", type=float, default=30.0, metavar="SECONDS", help="after SIGTERM")
     engine = parser.add_argument_group("engine")
@@ -107,6 +108,7 @@ def _run(args: argparse.Namespace) -> int:
             model_id="model",
             api_keys=tuple(keys),
             cors_origins=tuple(args.cors_origin),
+            max_connections=args.max_connections,
             request_timeout_s=args.request_timeout,
             drain_grace_s=args.drain_grace,
         ),

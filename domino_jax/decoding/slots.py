@@ -55,14 +55,12 @@ class SlotState:
         decode: caches, tokens and sampling; its rounds and acceptance lengths are those of the last call.
         adjustment: changes of the logits, row by row.
         wants_scores: rows whose new tokens are scored.
-        uses_draft: rows that are drafted for; others take one token a round.
         has_failed: rows whose states are no longer finite; they are done, and their last token was not committed.
     """
 
     decode: DecodeState
     adjustment: Adjustment
     wants_scores: Bool[Array, " B"]
-    uses_draft: Bool[Array, " B"]
     has_failed: Bool[Array, " B"]
 
 
@@ -117,7 +115,6 @@ def init_slots(settings: DecodeSettings, batch: int, num_positions: int, num_sto
         decode=decode,
         adjustment=no_adjustment(batch, settings.target.vocab_size),
         wants_scores=jnp.zeros(batch, bool),
-        uses_draft=jnp.zeros(batch, bool),
         has_failed=jnp.zeros(batch, bool),
     )
 
@@ -199,7 +196,12 @@ def _propose(settings: DecodeSettings, params: ModelParams, state: DecodeState) 
 
 
 def _speculative_round(
-    settings: DecodeSettings, params: ModelParams, slots: SlotState, scores: Scores, start_len: Int[Array, " B"]
+    settings: DecodeSettings,
+    params: ModelParams,
+    slots: SlotState,
+    scores: Scores,
+    start_len: Int[Array, " B"],
+    is_drafted: Bool[Array, " B"],
 ) -> tuple[SlotState, Scores]:
     state = slots.decode
     drafts = _propose(settings, params, state)
@@ -207,12 +209,12 @@ def _speculative_round(
     slots = slots.replace(decode=state)
     choices = _choose(settings, slots, logits, drafts)
     # A row without drafts takes the target's first choice, as a refused first draft would.
-    num_accepted, next_token = accept_equal(jnp.where(slots.uses_draft[:, None], drafts, -1), choices)
+    num_accepted, next_token = accept_equal(jnp.where(is_drafted[:, None], drafts, -1), choices)
     num_drafts = drafts.shape[1]
     is_draft = jnp.arange(num_drafts + 1) < num_accepted[:, None]
     new_tokens = jnp.where(is_draft, jnp.pad(drafts, ((0, 0), (0, 1))), next_token[:, None])
     own_source = jnp.where(num_accepted == num_drafts, SOURCE_BONUS, SOURCE_CORRECTED)
-    own_source = jnp.where(slots.uses_draft, own_source, SOURCE_TARGET)[:, None]
+    own_source = jnp.where(is_drafted, own_source, SOURCE_TARGET)[:, None]
     sources = jnp.where(is_draft, SOURCE_DRAFTED, own_source)
     return _commit(slots, scores, start_len, hidden, logits, new_tokens, num_accepted + 1, sources)
 
@@ -252,14 +254,16 @@ def run_rounds(
     params: ModelParams,
     slots: SlotState,
     is_cancelled: Bool[Array, " B"],
+    is_drafted: Bool[Array, " B"],
     num_rounds: Int[Array, ""],
     ends_early: Bool[Array, ""],
 ) -> tuple[SlotState, CallResult]:
     """Run up to `num_rounds` rounds; `slots` is donated.
 
-    `settings.block_size` 1 runs plain steps, which leave the draft's context as it is. Cancelled rows are done before
-    the first round. With `ends_early` the call returns as soon as another row is done. `num_rounds` is at most the
-    width of the state's `acceptance_lengths`.
+    `settings.block_size` 1 runs plain steps, which leave the draft's context as it is. Wider blocks write every row's;
+    rows that are not drafted for take one token a round. Cancelled rows are done before the first round. With
+    `ends_early` the call returns as soon as another row is done. `num_rounds` is at most the width of the state's
+    `acceptance_lengths`.
     """
     state = slots.decode
     state = state.replace(
@@ -270,7 +274,7 @@ def run_rounds(
     start_len, was_done = state.committed_len, state.is_done
     width = settings.num_draft_tokens + 1
     batch, max_rounds = state.acceptance_lengths.shape
-    run_round = _speculative_round if settings.num_draft_tokens else _plain_round
+    run_round = partial(_speculative_round, is_drafted=is_drafted) if settings.num_draft_tokens else _plain_round
 
     def goes_on(carry: tuple) -> Array:
         done, slots, _ = carry

@@ -6,22 +6,20 @@ In: `Request`s from any thread. Out: `TokenEvent`s, a batch of them a device cal
 
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
 from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.decoding.prefill import split_into_chunks
 from domino_jax.decoding.slots import MAX_TOP_LOGPROBS, CallResult
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.records import FinishReason, Request, TokenEvent
+from domino_jax.serving.compile_listener import listen_for_compiles
 from domino_jax.serving.contract import CallTimes, Deliver, EngineStatus, EngineUnavailableError
 from domino_jax.serving.engine_config import EngineConfig, find_max_model_len, plan_ladders
+from domino_jax.serving.known_tokens import KnownTokens
 from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, find_manner
 from domino_jax.serving.scheduler import Scheduler
-from domino_jax.serving.sequence import PromptRun, ServedSequence, fill_row, read_logprobs
+from domino_jax.serving.sequence import PromptRun, ServedSequence
 from domino_jax.serving.slot_batch import SlotBatch
 from domino_jax.serving.width_policy import WidthPolicy
 
@@ -67,6 +65,7 @@ class SlotEngine:
         self.policy = WidthPolicy(num_drafts)
         self._num_draft_tokens = num_drafts
         self._batch = SlotBatch(self.programs)
+        self._known_tokens = KnownTokens(self._batch, config.prefill_tokens_per_call)
         self._sequences: dict[str, ServedSequence] = {}
         self._events: list[TokenEvent] = []
         self._calls_too_large = 0
@@ -168,11 +167,11 @@ class SlotEngine:
     # ------------------------------------------------------------------------------------------ the engine's own thread
 
     def _run(self) -> None:
-        jax.monitoring.register_event_duration_secs_listener(self._count_compile)
         try:
-            self._warm_up()
-            while self._wait_for_work():
-                self._step()
+            with listen_for_compiles(self._count_compile):
+                self._warm_up()
+                while self._wait_for_work():
+                    self._step()
             self._end_all("cancelled", "")
         except BaseException as error:
             with self._lock:
@@ -180,9 +179,8 @@ class SlotEngine:
             self._end_all("error", "the engine has failed; the server is going down")
             raise
 
-    def _count_compile(self, event: str, duration_s: float, **_: Any) -> None:
-        is_own = self._is_warming_up or threading.current_thread() is self._thread
-        if event == "/jax/core/compile/backend_compile_duration" and is_own:
+    def _count_compile(self) -> None:
+        if self._is_warming_up or threading.current_thread() is self._thread:
             with self._lock:
                 self._num_compiles["warmup" if self._is_warming_up else "serving"] += 1
 
@@ -275,58 +273,29 @@ class SlotEngine:
     # Prompts
 
     def _run_prompts(self) -> None:
-        """Run prompts, oldest first, up to the budget of tokens between two calls."""
-        budget = self._config.prefill_tokens_per_call
+        """Run prompts, oldest first, as far as the budget of the step goes."""
+        self._known_tokens.begin_step()
         for sequence in [s for s in self._sequences.values() if not s.is_running]:
-            run = sequence.prompt_run or self._start_prompt(sequence)
-            while run.chunks and budget > 0:
-                budget -= run.chunks[0]
-                hidden, start = self._run_chunk(sequence, run)
-            if run.chunks:
+            if self._known_tokens.budget <= 0:
                 return
-            self._events.append(self._finish_prompt(sequence, run, hidden, start))
-            if budget <= 0:
-                return
+            done = self._known_tokens.run_prompt(sequence)
+            if done is not None:
+                self._events.append(self._finish_prompt(sequence, *done))
 
-    def _start_prompt(self, sequence: ServedSequence) -> PromptRun:
-        prompt, num_cached = sequence.tokens, 0
-        row, positions = self._batch.start_row(len(prompt))
-        row = fill_row(row, sequence)
-        if sequence.request.num_prompt_logprobs is None:
-            # The last prompt token is always run: its state chooses the first new token.
-            row, num_cached = self._batch.load_prefix(row, positions, prompt[:-1])
-        chunks = deque(split_into_chunks(len(prompt) - num_cached))
-        sequence.prompt_run = PromptRun(row, positions, num_cached, num_cached, chunks)
-        return sequence.prompt_run
-
-    def _run_chunk(self, sequence: ServedSequence, run: PromptRun) -> tuple[jax.Array, int]:
-        """Run the next chunk of a prompt; return its last states and where it starts."""
-        length, start = run.chunks.popleft(), run.done_len
-        run.row, hidden = self._batch.run_chunk(run.row, run.positions, length, start)
-        num_top = sequence.request.num_prompt_logprobs
-        if num_top is not None:
-            following = sequence.tokens[start + 1 : start + 1 + length]
-            scores = self._batch.score_chunk(hidden, following)
-            run.logprobs += [read_logprobs(scores, 0, i, num_top) for i in range(len(following))]
-        run.done_len = min(start + length, len(sequence.tokens))
-        return hidden, start
-
-    def _finish_prompt(self, sequence: ServedSequence, run: PromptRun, hidden: jax.Array, start: int) -> TokenEvent:
-        """Choose the first token and let the sequence run; return its first event."""
-        request_id, prompt_len = sequence.request.request_id, len(sequence.tokens)
-        row, result = self._batch.choose_first(run.row, run.positions, hidden, prompt_len - 1 - start)
-        sequence.prompt_run, sequence.context_len = None, prompt_len
+    def _finish_prompt(self, sequence: ServedSequence, run: PromptRun, result: CallResult) -> TokenEvent:
+        """Take the first token and let the sequence run; return its first event."""
+        request_id = sequence.request.request_id
         details: dict[str, Any] = {"num_cached_tokens": run.num_cached, "queue_s": sequence.queue_s}
         if sequence.request.num_prompt_logprobs is not None:
             details["prompt_logprobs"] = run.logprobs
         if result.has_failed[0]:
             return self._end(request_id, "error", _NUMERIC_FAULT, **details)
-        self._batch.store_prefix(row, run.positions, sequence.tokens)
+        self._batch.store_prefix(run.row, run.positions, sequence.tokens)
         details |= sequence.take_tokens(result, 0, 0, 1)
         reason = sequence.find_end(result, 0)
         if reason is not None:
             return self._end(request_id, reason, **details)
-        self._batch.insert(row, run.positions, sequence.slot)
+        self._batch.insert(run.row, run.positions, sequence.slot)
         sequence.is_running = True
         return TokenEvent(request_id, **details)
 
@@ -339,9 +308,7 @@ class SlotEngine:
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
         size = self._choose_block_size(running, manner)
-        if size > 1:
-            for sequence in running:
-                self._catch_up(sequence)
+        drafted = self._choose_drafted(running) if size > 1 else set()
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
         cost = self.programs.costs[self._batch.shape, size, manner]
@@ -351,10 +318,10 @@ class SlotEngine:
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
-        result, call_s = self._batch.run(size, num_rounds, others_wait, wants_scores)
+        result, call_s = self._batch.run(size, drafted, num_rounds, others_wait, wants_scores)
         accepted: list[int] = []
         for sequence in running:
-            self._events += self._read_row(sequence, result, size, accepted)
+            self._events += self._read_row(sequence, result, size, sequence.slot in drafted, accepted)
         self.policy.observe(size, accepted)
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
@@ -367,19 +334,18 @@ class SlotEngine:
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
         return self.policy.choose(costs, num_drafted, len(running) - num_drafted)
 
-    def _catch_up(self, sequence: ServedSequence) -> None:
-        """Bring the draft's context up to the anchor, where plain rounds have left it behind."""
-        anchor_pos = len(sequence.tokens) - 1
-        if sequence.request.use_draft and sequence.context_len < anchor_pos:
-            self._batch.catch_up(sequence.slot, sequence.context_len, anchor_pos)
-            sequence.context_len = anchor_pos
+    def _choose_drafted(self, running: list[ServedSequence]) -> set[int]:
+        """Return the slots to draft for: of the sequences that want it, those whose draft's context is complete."""
+        wanting = [s for s in running if s.request.use_draft]
+        self._known_tokens.catch_up(wanting)
+        return {s.slot for s in wanting if not s.missing}
 
     def _read_row(
-        self, sequence: ServedSequence, result: CallResult, size: int, accepted: list[int]
+        self, sequence: ServedSequence, result: CallResult, size: int, is_drafted: bool, accepted: list[int]
     ) -> list[TokenEvent]:
         """Return a sequence's events of a call, one a round; `accepted` gets the drafts it kept, by round."""
         row, request_id = sequence.slot, sequence.request.request_id
-        is_drafted = size > 1 and sequence.request.use_draft
+        anchor_pos = len(sequence.tokens) - 1
         num_drafts = self._num_draft_tokens[size] if is_drafted else 0
         num_new, at, rounds = int(result.num_new[row]), 0, []
         for length in result.acceptance_lengths[row, : result.num_rounds[row]].tolist():
@@ -389,8 +355,8 @@ class SlotEngine:
             at += kept
             if is_drafted:
                 accepted.append(max(kept - 1, 0))
-        if is_drafted:
-            sequence.context_len = len(sequence.tokens) - 1
+        if size == 1 and self.programs.settings.draft is not None:
+            sequence.miss_from(anchor_pos)
         if result.has_failed[row]:
             told = [TokenEvent(request_id, **fields) for fields in rounds]
             return [*told, self._end(request_id, "error", _NUMERIC_FAULT)]
@@ -403,14 +369,8 @@ class SlotEngine:
         return [*told, self._end(request_id, reason, **rounds[-1])]
 
     def _store(self, sequence: ServedSequence) -> None:
-        """Keep what a sequence has computed for whoever continues it.
-
-        That is all but the last token, and no more than the draft's context holds.
-        """
-        num_known = len(sequence.tokens) - 1
-        if self.programs.settings.draft is not None:
-            num_known = min(num_known, sequence.context_len)
-        self._batch.store_slot(sequence.slot, sequence.tokens[:num_known])
+        """Keep what a sequence has computed for whoever continues it."""
+        self._batch.store_slot(sequence.slot, sequence.tokens[: sequence.context_len])
 
     def _shrink_batch(self, running: list[ServedSequence]) -> None:
         """Move to a smaller batch when one would have held the sequences for a while."""

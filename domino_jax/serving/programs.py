@@ -191,7 +191,7 @@ class Programs:
                 mask = jax.ShapeDtypeStruct((shape.rows,), bool)
                 yield (
                     ("run", shape, size),
-                    lower(slots.run_rounds, self._with_width(size), params, state(shape), mask, number, flag),
+                    lower(slots.run_rounds, self._with_width(size), params, state(shape), mask, mask, number, flag),
                 )
                 if size > 1:
                     yield ("draft", shape, size), lower(slots.draft_only, self._with_width(size), params, state(shape))
@@ -271,6 +271,7 @@ class Programs:
         for shape, manner in itertools.product(self.ladders.shapes, _SAMPLING):
             round_s: dict[int, list[float]] = {size: [] for size in sizes}
             draft_s: dict[int, list[float]] = {size: [] for size in sizes}
+            all_rows = np.ones(shape.rows, bool)
             for _ in range(1 + _TIMED_ROUNDS):
                 if is_stopped():
                     return
@@ -280,7 +281,7 @@ class Programs:
                     if size > 1:
                         jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
                     drafted_at = time.perf_counter()
-                    state, result = self.run(state, shape, size, np.zeros(shape.rows, bool), 1, False)
+                    state, result = self.run(state, shape, size, ~all_rows, all_rows, 1, False)
                     jax.block_until_ready(result)
                     draft_s[size].append(drafted_at - began)
                     round_s[size].append(time.perf_counter() - drafted_at)
@@ -302,7 +303,7 @@ class Programs:
                 top_p=np.full(shape.rows, sampling.top_p, np.float32),
             ),
         )
-        return state.replace(decode=decode, uses_draft=np.ones(shape.rows, bool))
+        return state.replace(decode=decode)
 
     def run(
         self,
@@ -310,12 +311,13 @@ class Programs:
         shape: Shape,
         block_size: int,
         is_cancelled: np.ndarray,
+        is_drafted: np.ndarray,
         num_rounds: int,
         ends_early: bool,
     ) -> tuple[SlotState, CallResult]:
         """See `decoding.slots.run_rounds`."""
         program = self._compiled["run", shape, block_size]
-        return program(self._params, state, is_cancelled, np.int32(num_rounds), np.bool_(ends_early))
+        return program(self._params, state, is_cancelled, is_drafted, np.int32(num_rounds), np.bool_(ends_early))
 
     def prefill(self, row: SlotState, positions: int, chunk_len: int, start: int) -> tuple[SlotState, jax.Array]:
         """See `decoding.slots.prefill_slots`."""

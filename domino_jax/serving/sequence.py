@@ -42,7 +42,7 @@ class ServedSequence:
         queue_s: seconds it waited for the slot.
         prompt_run: while its prompt is run.
         is_running: whether its slot takes part in rounds.
-        context_len: positions whose features the draft's context holds.
+        missing: positions whose features the draft's context lacks, because plain rounds do not write them.
     """
 
     request: Request
@@ -52,7 +52,16 @@ class ServedSequence:
     queue_s: float
     prompt_run: PromptRun | None = None
     is_running: bool = False
-    context_len: int = 0
+    missing: range = range(0)
+
+    @property
+    def context_len(self) -> int:
+        """Positions from the start that both caches hold; the newest token, the anchor, is in neither."""
+        return self.missing.start if self.missing else len(self.tokens) - 1
+
+    def miss_from(self, start: int) -> None:
+        """Note that positions `start` .. anchor were decoded plainly."""
+        self.missing = range(self.missing.start if self.missing else start, len(self.tokens) - 1)
 
     def take_tokens(self, result: CallResult, row: int, start: int, count: int) -> dict[str, Any]:
         """Append new tokens of a call; return the fields of their event."""
@@ -117,7 +126,6 @@ def fill_row(row: SlotState, sequence: ServedSequence) -> SlotState:
         decode=decode,
         adjustment=adjustment,
         wants_scores=np.array([request.num_top_logprobs is not None]),
-        uses_draft=np.array([request.use_draft]),
     )
 
 

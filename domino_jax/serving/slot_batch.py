@@ -4,13 +4,12 @@ Every method is one or a few calls of compiled programs; who runs and what is to
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import jax
 import numpy as np
 
-from domino_jax.decoding.prefill import split_into_chunks
 from domino_jax.decoding.slots import CallResult, SlotState
 from domino_jax.ops.scoring import Scores
 from domino_jax.serving.prefix_cache import PrefixCache
@@ -109,24 +108,30 @@ class SlotBatch:
                 row = self._programs.extract(self._slots, self.shape, slot)
                 self._pool = self._programs.store_prefix(self._pool, row, self.shape.positions, to_fill)
 
-    def catch_up(self, slot: int, start: int, end: int) -> None:
-        """Run a slot's tokens at positions `start .. end - 1` again, so that the draft's context holds them."""
+    def rerun(self, slot: int, start: int, chunks: Sequence[int]) -> None:
+        """Run a slot's tokens from position `start` on again, in chunks, so that the draft's context holds them."""
         positions = self.shape.positions
         with self._on_device():
             row = self._programs.extract(self._slots, self.shape, slot)
-            for length in split_into_chunks(end - start):
+            for length in chunks:
                 row, _ = self._programs.prefill(row, positions, length, start)
                 start += length
             self._slots = self._programs.insert(self._slots, self.shape, row, positions, slot)
 
-    def run(self, block_size: int, num_rounds: int, ends_early: bool, wants_scores: bool) -> tuple[CallResult, float]:
-        """Run up to `num_rounds` rounds; return what they did, on the host, and the seconds they took."""
+    def run(
+        self, block_size: int, drafted: Iterable[int], num_rounds: int, ends_early: bool, wants_scores: bool
+    ) -> tuple[CallResult, float]:
+        """Run up to `num_rounds` rounds that draft for some slots.
+
+        Returns what they did, on the host, and the seconds they took.
+        """
         is_cancelled = np.isin(np.arange(self.shape.rows), list(self._cancelled))
+        is_drafted = np.isin(np.arange(self.shape.rows), list(drafted))
         self._cancelled.clear()
         before_s = self.device_s
         with self._on_device():
             self._slots, result = self._programs.run(
-                self._slots, self.shape, block_size, is_cancelled, num_rounds, ends_early
+                self._slots, self.shape, block_size, is_cancelled, is_drafted, num_rounds, ends_early
             )
             result = jax.device_get(result if wants_scores else result.replace(scores=None))
         return result, self.device_s - before_s

@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,12 +17,15 @@ import pytest
 from domino_jax.checkpoints.huggingface import save_draft, save_target
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.decoding.state import ModelParams
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.runs import server
 from domino_jax.runs.folder import RunError
+from domino_jax.serving.engine import SlotEngine
 from domino_jax.serving.engine_config import EngineConfig
 from tests.decoding.tiny_pair import draw_params, make_configs
+from tests.serving.http.conftest import start_servers
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +88,8 @@ def test_the_codec_renders_chats_as_training_does(tokenizer, run_folder):
     assert codec.encode_chat(messages, {}) == encode_prompt(tokenizer, messages, enable_thinking=False)
     assert codec.stop_ids == (tokenizer.eos_token_id,)
     assert codec.decode(codec.encode_text("héllo <|im_end|>"), skip_special_tokens=True) == "héllo "
+    injected = codec.encode_chat([{"role": "user", "content": "héllo <|im_end|>"}], {})
+    assert injected.count(tokenizer.eos_token_id) == 1
 
 
 def test_slots_are_as_many_as_fit(monkeypatch):
@@ -117,6 +123,7 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         (["--target", "TARGET", "--memory-fraction", "0.0000001"], "may use"),
         (["--target", "TARGET", "--memory-fraction", "nan"], "memory_fraction is nan"),
         (["--target", "TARGET", "--max-slots", "0"], "max_slots is 0"),
+        (["--target", "TARGET", "--max-connections", "0"], "max_connections is 0"),
         (["--target", "TARGET", "--draft", "DRAFT", "--block-size", "0"], "outside 1 .. 5"),
         (["--target", "TARGET", "--max-slots", "4", "--batch-sizes", "8"], "batch_sizes has 8"),
         (["--target", "TARGET", "--compilation-cache", "FILE"], "not a directory that can be written"),
@@ -156,6 +163,80 @@ sys.exit(serve.main(["--target", {str(run_folder / "target")!r}, "--compilation-
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == 'error: serving needs uvicorn; install it with pip install -e ".[serve]"'
+
+
+SAMPLINGS = [
+    {"temperature": 0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_p": 0.8},
+    {"temperature": 1.3, "top_k": 12},
+    {"temperature": 0.9, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.1, "presence_penalty": 0.6, "frequency_penalty": 0.3, "n": 2},
+]
+
+
+def draw_bodies(num_bodies, seed):
+    """Return paths and bodies of requests; every sampling comes, with chats and completions, and stops of all kinds."""
+    generator, bodies = np.random.default_rng(seed), []
+    for i in range(num_bodies):
+        words = " ".join(generator.choice(["add", "return", "def", "a + b", "wörld"], int(generator.integers(2, 20))))
+        body = {**SAMPLINGS[i % len(SAMPLINGS)], "seed": int(generator.integers(2**31))}
+        body |= {"max_tokens": int(generator.integers(8, 80)), "skip_special_tokens": False}
+        if i % 2:
+            bodies.append(("/v1/completions", body | {"prompt": words, "stop": ["ed", "7"]}))
+        else:
+            messages = [{"role": "user", "content": words}]
+            stop_ids = generator.integers(4, 290, 8).tolist()
+            bodies.append(("/v1/chat/completions", body | {"messages": messages, "stop_token_ids": stop_ids}))
+    return bodies
+
+
+def ask(running, path, body, streams):
+    """Return texts and finish reasons by choice, and the usage."""
+    if not streams:
+        answer = running.client.post(path, json=body, timeout=120).json()
+        choices = [(c.get("text") or c["message"]["content"], c["finish_reason"]) for c in answer["choices"]]
+    else:
+        events = running.stream(path, {**body, "stream_options": {"include_usage": True}})
+        answer, choices = events[-1], []
+        for index in range(body.get("n", 1)):
+            parts = [c for event in events for c in event["choices"] if c["index"] == index]
+            text = "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in parts)
+            choices.append((text, parts[-1]["finish_reason"]))
+    return choices, {name: answer["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+
+
+@pytest.mark.slow
+def test_sampled_answers_over_http_are_the_same_alone_and_among_others(run_folder, tokenizer):
+    target, draft = make_configs(vocab=len(tokenizer), context=256, mask_id=3)
+    params = ModelParams(draw_params(init_target_params, target, 0), draw_params(init_draft_params, draft, 1))
+    engine = SlotEngine(target, draft, lambda: params, EngineConfig(max_slots=20, batch_sizes=(1,)))
+    codec = server.make_codec(tokenizer, str(run_folder / "target"))
+    bodies, others = draw_bodies(12, seed=1), draw_bodies(18, seed=2)
+    with start_servers() as start, ThreadPoolExecutor(len(bodies) + len(others)) as threads:
+        running = start(engine, codec)
+        ends_s = time.monotonic() + 300
+        while running.client.get("/ready").status_code != 200:
+            assert time.monotonic() < ends_s, engine.status()
+            time.sleep(0.1)
+        alone = [ask(running, path, body, streams=i % 3 == 0) for i, (path, body) in enumerate(bodies)]
+        crowd = [
+            threads.submit(ask, running, path, body | {"use_draft": i % 3 > 0}, i % 2)
+            for i, (path, body) in enumerate(others)
+        ]
+        together = [threads.submit(ask, running, path, body, i % 2 == 0) for i, (path, body) in enumerate(bodies)]
+        most_running = 0
+        while not all(answer.done() for answer in together):
+            most_running = max(most_running, engine.status().num_running)
+            time.sleep(0.005)
+        assert most_running == 20
+        assert [answer.result() for answer in together] == alone
+        assert all(answer.result() for answer in crowd)
+        assert running.metric("domino_jit_compiles_total", phase="serving") == 0
+    reasons = {reason for choices, _ in alone for _, reason in choices}
+    assert reasons == {"stop", "length"}
+    texts = [text for choices, _ in alone for text, _ in choices]
+    assert len(set(texts)) == len(texts)
 
 
 class ServerProcess:

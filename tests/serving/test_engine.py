@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 
 from domino_jax.config import ConfigError, SamplingConfig
+from domino_jax.decoding.prefill import MAX_PADDING
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.records import Penalties, Request
 from domino_jax.serving.contract import EngineUnavailableError, QueueFullError
@@ -363,7 +366,7 @@ def test_numbers_that_are_not_finite_fail_their_own_request_only(faulty):
         assert answer.finish_reason == wanted.finish_reason
 
 
-def test_changing_block_sizes_change_no_text_and_the_draft_finds_its_context_again(faulty, decoder, monkeypatch):
+def test_changing_block_sizes_change_no_text(faulty, monkeypatch):
     requests = without_13(make_mixed_requests(8, seed=81))
     wanted = faulty.run(requests)
     sizes = itertools.cycle([1, 1, FULL, HALF, 1, FULL, FULL])
@@ -372,18 +375,85 @@ def test_changing_block_sizes_change_no_text_and_the_draft_finds_its_context_aga
     assert [a.output_ids for a in answers] == [w.output_ids for w in wanted]
     assert {e.num_draft_tokens for a in answers for e in a.events} == {0, HALF, FULL}
 
-    # After plain rounds, drafts are what they are for a prompt of that length.
-    candidates = make_prompts([6] * 20, seed=82)
-    prompt = next(p for p in candidates if 13 not in p + decoder.generate([p], 60)[0].output_ids)
-    num_plain = 9
-    sizes = itertools.chain([1] * (num_plain // 4 + 1), itertools.repeat(FULL))
-    answer = faulty.run([make_request(prompt, 60)])[0]
-    lengths = [e.acceptance_len for e in answer.events if e.num_draft_tokens]
-    start = sum(len(e.token_ids) for e in answer.events if not e.num_draft_tokens)
-    known = prompt + answer.output_ids[: start - 1]
-    [alone] = decoder.generate([known], 60 - start + 1)
-    assert alone.output_ids == answer.output_ids[start - 1 :]
-    assert alone.stats.acceptance_lengths == lengths
+
+def test_after_a_long_plain_phase_contexts_are_completed_within_the_budget(decoder, monkeypatch):
+    budget, num_plain_calls = 32, 10
+    driver = EngineDriver(
+        decoder,
+        max_slots=4,
+        batch_sizes=(4,),
+        block_sizes=(FULL,),
+        prefill_tokens_per_call=budget,
+        prefix_cache_tokens=640,
+    ).wait_until_ready()
+    programs, reruns = driver.engine.programs, [0]
+    prefill, run = programs.prefill, programs.run
+
+    def spy_on_prefill(row, positions, chunk_len, start):
+        reruns[-1] += chunk_len
+        return prefill(row, positions, chunk_len, start)
+
+    def spy_on_run(*arguments):
+        reruns.append(0)
+        return run(*arguments)
+
+    sizes = itertools.chain([1] * num_plain_calls, itertools.repeat(FULL))
+    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: next(sizes))
+    monkeypatch.setattr(programs, "prefill", spy_on_prefill)
+    monkeypatch.setattr(programs, "run", spy_on_run)
+    requests = [make_request(prompt, 115) for prompt in make_prompts([6, 8, 10, 12], seed=85)]
+    answers = driver.run(requests)
+
+    reruns_a_step = reruns[num_plain_calls:]
+    assert sum(reruns_a_step) > 4 * budget
+    assert max(reruns_a_step) < budget + MAX_PADDING
+    num_plain = []
+    for request, answer in zip(requests, answers, strict=True):
+        assert answer.output_ids == decode_alone(decoder, request).output_ids
+        is_drafted = [event.num_draft_tokens > 0 for event in answer.events]
+        assert is_drafted == sorted(is_drafted)
+        # From then on drafts are accepted as they are after a prompt of that length.
+        start = sum(len(e.token_ids) for e in answer.events if not e.num_draft_tokens)
+        known = request.prompt_ids + answer.output_ids[: start - 1]
+        [alone] = decoder.generate([known], request.max_new_tokens - start + 1)
+        assert alone.stats.acceptance_lengths == [e.acceptance_len for e in answer.events if e.num_draft_tokens]
+        num_plain.append(start)
+    assert len(set(num_plain)) > 1  # who is complete is drafted for while others are not yet
+
+    sequence = requests[-1].prompt_ids + answers[-1].output_ids[:80]
+    answer = driver.run([request := make_request(sequence)])[0]
+    assert answer.num_cached_tokens == 80
+    assert answer.acceptance_lengths == decode_alone(decoder, request).stats.acceptance_lengths
+    driver.engine.stop()
+    assert driver.engine.status().num_compiles["serving"] == 0
+
+
+def test_what_plain_rounds_leave_out_of_the_drafts_context_is_not_kept_for_others(decoder, monkeypatch):
+    driver = EngineDriver(
+        decoder, max_slots=1, batch_sizes=(1,), block_sizes=(FULL,), prefix_cache_tokens=640
+    ).wait_until_ready()
+    sizes = itertools.chain([FULL] * 5, itertools.repeat(1))
+    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: next(sizes))
+    prompt = make_prompts([20], seed=86)[0]
+    answer = driver.run([make_request(prompt, 100)])[0]
+    num_complete = len(prompt) + sum(len(e.token_ids) for e in answer.events if e.num_draft_tokens)
+    sizes = itertools.repeat(FULL)
+    again = driver.run([request := make_request(prompt + answer.output_ids[:80], 20)])[0]
+    assert 32 <= again.num_cached_tokens == num_complete // 16 * 16 < 96
+    assert again.acceptance_lengths == decode_alone(decoder, request).stats.acceptance_lengths
+    driver.engine.stop()
+
+
+def test_a_stopped_engine_and_its_weights_are_given_back(decoder):
+    arrays = {name: value + 0 for name, value in decoder.params.target.items() if name == "embed_tokens"}
+    params = [make_params(decoder, **arrays)]
+    driver = EngineDriver(decoder, lambda: params.pop(), max_slots=1, batch_sizes=(1,), prefix_cache_tokens=0)
+    driver.wait_until_ready().run([make_request([1, 2, 3], 5)])
+    driver.engine.stop()
+    left = [weakref.ref(thing) for thing in (driver.engine, driver.engine.programs, arrays.pop("embed_tokens"))]
+    del driver
+    gc.collect()
+    assert [thing() for thing in left] == [None, None, None]
 
 
 @pytest.mark.slow

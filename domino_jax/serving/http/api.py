@@ -141,8 +141,8 @@ class Service:
         app.get("/v1/models/{model:path}", responses=describe_answers(ModelCard, 404))(self.show_model)
         app.post("/tokenize", **describe_body_route(TokenizeBody, TokenizeAnswer))(self.tokenize)
         app.post("/detokenize", **describe_body_route(DetokenizeBody, DetokenizeAnswer))(self.detokenize)
-        app.get("/health", responses=describe_answers(StatusAnswer, 503))(self.health)
-        app.get("/ready", responses=describe_answers(StatusAnswer, 503))(self.ready)
+        app.get("/health", responses=describe_answers(StatusAnswer))(self.health)
+        app.get("/ready", responses=describe_answers(StatusAnswer))(self.ready)
         app.get("/metrics", response_class=PlainTextResponse, responses=describe_answers(None))(self.show_metrics)
         app.get("/", include_in_schema=False)(self.page)
 

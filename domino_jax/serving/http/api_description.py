@@ -24,12 +24,12 @@ _ERRORS = {
     429: "The queue is full; see Retry-After",
     431: "The request's head is too large",
     500: "A fault of the server or of the generation",
-    503: "Loading, draining or failed; see Retry-After",
+    503: "Loading, draining, failed or out of connections; see Retry-After",
     504: "The request took longer than the server allows",
 }
-_ALWAYS = (400, 401, 405, 408, 431, 500)
+_ALWAYS = (400, 401, 405, 408, 431, 500, 503)
 _OF_BODIES = (404, 413)
-_OF_ENGINE = (429, 503, 504)
+_OF_ENGINE = (429, 504)
 
 
 def describe_answers(

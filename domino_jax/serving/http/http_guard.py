@@ -15,6 +15,8 @@ from domino_jax.serving.http.errors import ApiError
 from domino_jax.serving.http.json_log import log_event
 from domino_jax.serving.http.settings import ApiSettings
 
+IS_OVER_LIMIT = "is_over_limit"
+"""Set in the state of requests whose connection is one too many."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _OPEN_PATHS = frozenset({"/", "/health"})
 _HEADERS = {
@@ -75,6 +77,13 @@ class HttpGuard:
         limit = self._settings.max_header_bytes
         if sum(len(name) + len(value) for name, value in scope["headers"]) > limit or len(scope["raw_path"]) > limit:
             return ApiError(431, f"the request's head is larger than {limit} bytes", headers={"Connection": "close"})
+        if scope["state"].get(IS_OVER_LIMIT) and scope["path"] != "/health":
+            return ApiError(
+                503,
+                f"{self._settings.max_connections} connections are open, as many as this server takes; try again later",
+                code="too_many_connections",
+                headers={"Connection": "close", "Retry-After": "2"},
+            )
         is_preflight = scope["method"] == "OPTIONS" and bool(self._settings.cors_origins)
         if not self._keys or scope["path"] in _OPEN_PATHS or is_preflight:
             return None

@@ -1,4 +1,4 @@
-"""Runs the app under uvicorn until it is told to stop: deadlines for slow heads, drain on a signal, exit status.
+"""Runs the app under uvicorn until it is told to stop: bounded connections and heads, drain on a signal, exit status.
 
 The first SIGTERM or SIGINT drains: no new requests are taken, open ones may end within the grace period and are aborted
 after it. A second signal ends the process at once. Both exit with 0; a failed engine exits with 1.
@@ -26,7 +26,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from domino_jax.serving.http.api import Service
 from domino_jax.serving.http.errors import ApiError
-from domino_jax.serving.http.http_guard import new_request_id
+from domino_jax.serving.http.http_guard import IS_OVER_LIMIT, new_request_id
 from domino_jax.serving.http.json_log import log_event, start_logging
 from domino_jax.serving.http.settings import ApiSettings
 
@@ -34,6 +34,8 @@ EXIT_DONE, EXIT_FAILED = 0, 1
 _SWITCH_INTERVAL_S = 2e-4
 """A thread that wants to go on waits that long for another one. Python's 5 ms are a round of a small model: the engine
 would stand still while streams are written."""
+_REFUSALS_AT_ONCE = 64
+"""Connections over the limit that are told why; what comes on top is closed unheard."""
 _FAILURE_GRACE_S = 1.0
 _ABORT_GRACE_S = 5.0
 
@@ -168,8 +170,9 @@ class DrainingServer(uvicorn.Server):
         return True
 
 
-class _DeadlineProtocol(H11Protocol):
-    # h11 bounds a head's size; this bounds its time, and the time of a client that does not read.
+class _BoundedProtocol(H11Protocol):
+    # h11 bounds a head's size; this bounds its time, the time of a client that does not read, and how many there are.
+    max_connections: int
     header_timeout_s: float
     write_timeout_s: float
     _header_timer: asyncio.TimerHandle | None = None
@@ -177,6 +180,12 @@ class _DeadlineProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        num_over = len(self.connections) - self.max_connections
+        if num_over > _REFUSALS_AT_ONCE:
+            transport.close()
+            return
+        if num_over > 0:
+            self.app_state = {**self.app_state, IS_OVER_LIMIT: True}
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -253,8 +262,8 @@ class _DeadlineProtocol(H11Protocol):
 
 
 def _protocol_type(settings: ApiSettings) -> type[asyncio.Protocol]:
-    times = {"header_timeout_s": settings.header_timeout_s, "write_timeout_s": settings.write_timeout_s}
-    return type("DeadlineProtocol", (_DeadlineProtocol,), times)
+    names = ("max_connections", "header_timeout_s", "write_timeout_s")
+    return type("BoundedProtocol", (_BoundedProtocol,), {name: getattr(settings, name) for name in names})
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,6 +14,7 @@ class ApiSettings:
         api_keys: one of them must come with a request; none: open to everybody who can connect.
         cors_origins: origins whose pages may call the API from a browser; none by default.
         default_sampling: used for what a request leaves out, the seed excepted.
+        max_connections: open connections that are served; further ones get an error body (503) and are closed.
         max_body_bytes: larger request bodies are refused (413).
         max_header_bytes: larger request heads are refused (431).
         max_messages: messages a chat.
@@ -36,6 +37,7 @@ class ApiSettings:
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     cors_origins: tuple[str, ...] = ()
     default_sampling: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    max_connections: int = 512
     max_body_bytes: int = 4 * 2**20
     max_header_bytes: int = 32 * 2**10
     max_messages: int = 1024

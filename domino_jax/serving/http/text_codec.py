@@ -12,6 +12,8 @@ from typing import Any, Protocol, runtime_checkable
 import jinja2
 from tokenizers import Tokenizer, decoders
 
+from domino_jax.serving.http.written_tokens import WrittenTokens
+
 RenderChat = Callable[[Sequence[Mapping[str, Any]], Mapping[str, Any]], str]
 """Writes messages as the model's prompt; takes the template's further variables, such as `enable_thinking`."""
 
@@ -78,6 +80,7 @@ class ByteLevelCodec:
                 "tokenizers (decoder ByteLevel, as Qwen3 has it)"
             )
         self._tokenizer = tokenizer
+        self._written_tokens = WrittenTokens(tokenizer)
         self._render_chat = render_chat
         self.stop_ids = tuple(stop_ids)
         added = tokenizer.get_added_tokens_decoder()
@@ -87,16 +90,25 @@ class ByteLevelCodec:
         self._bytes = {i: _bytes_of(token, letters) for token, i in tokenizer.get_vocab().items()}
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> list[int]:
-        """Render and encode a chat.
+        """Render and encode a chat; special tokens that its messages spell are plain text.
 
         Raises:
-            TextCodecError: the chat template refuses the chat or a variable.
+            TextCodecError: the chat template refuses the chat or a variable, or a message spells a special token that
+                the tokenizer cannot read otherwise.
         """
+        if not self._written_tokens.are_in(messages):
+            return self.encode_text(self._render(messages, template_kwargs), add_special_tokens=False)
+        marked, marks = self._written_tokens.mark(messages)
         try:
-            prompt = self._render_chat(messages, template_kwargs)
+            return self._written_tokens.encode(self._render(marked, template_kwargs), marks)
+        except ValueError as error:
+            raise TextCodecError(str(error)) from error
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], template_kwargs: Mapping[str, Any]) -> str:
+        try:
+            return self._render_chat(messages, template_kwargs)
         except _TEMPLATE_ERRORS as error:
             raise TextCodecError(f"the chat template failed on this chat: {str(error)[:200]}") from error
-        return self.encode_text(prompt, add_special_tokens=False)
 
     def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Return the ids of a text."""

@@ -1,5 +1,6 @@
 """Slow, large and broken HTTP, from a raw socket."""
 
+import contextlib
 import json
 import socket
 import time
@@ -115,14 +116,59 @@ def test_requests_on_one_connection(server):
 
 
 def test_a_client_that_does_not_read_is_dropped(serve):
-    engine = FakeEngine(script=[*b"y" * 12_000], rounds=(1,), max_model_len=16_000)
+    engine = FakeEngine(script=[*b"y" * 12_000], rounds=(1,), round_s=0.002, max_model_len=16_000)
     server = serve(engine, write_timeout_s=0.3)
+    server.server.servers[0].sockets[0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     body = json.dumps({"prompt": "x", "stream": True, "return_token_sources": True, "logprobs": 5}).encode()
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", server.port))
         connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        server.wait_until_idle(20)
-        time.sleep(0.5)
+        wait_for(lambda: server.metric("vllm:request_success_total", finished_reason="abort") == 1)
+    server.wait_until_idle()
     assert server.chat(max_tokens=1).status_code == 200
-    assert server.metric("vllm:request_success_total", finished_reason="abort") == 1
+
+
+def test_connections_over_the_limit_are_refused_and_give_their_place_back(serve):
+    server = serve(FakeEngine(script=[*b"y" * 400]), max_connections=3)
+    server.client.close()
+    ask = b"GET /v1/models HTTP/1.1\r\nHost: a\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        held = [stack.enter_context(connect(server)) for _ in range(3)]
+        wait_for(lambda: len(server.server.server_state.connections) == 3)
+        with connect(server) as connection:
+            connection.sendall(HEAD + f"Content-Length: {len(BODY)}\r\n\r\n".encode() + BODY)
+            answer = read_all(connection)
+        check(answer, 503)
+        assert b'"code":"too_many_connections"' in answer
+        assert b"retry-after" in answer.lower()
+        with connect(server) as connection:  # a busy server is alive
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+            assert read_all(connection).startswith(b"HTTP/1.1 200")
+        held[0].sendall(ask)
+        assert held[0].recv(65536).startswith(b"HTTP/1.1 200")
+        held[1].close()
+        wait_for(lambda: len(server.server.server_state.connections) == 2)
+        with connect(server) as connection:
+            connection.sendall(ask)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+
+def test_a_flood_of_connections_is_bounded(serve):
+    server = serve(FakeEngine(), max_connections=2, header_timeout_s=1.0)
+    server.client.close()
+    with contextlib.ExitStack() as stack:
+        flood = [stack.enter_context(connect(server)) for _ in range(2 + 64 + 20)]
+        for connection in flood[-20:]:
+            assert connection.recv(100) == b""  # closed unheard
+        assert len(server.server.server_state.connections) <= 2 + 64
+        for connection in flood[:-20]:
+            check(read_all(connection), 408)
+    wait_for(lambda: not server.server.server_state.connections)
+
+
+def wait_for(is_reached):
+    ends_s = time.monotonic() + 20
+    while not is_reached() and time.monotonic() < ends_s:
+        time.sleep(0.01)
+    assert is_reached()
