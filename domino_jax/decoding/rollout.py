@@ -103,7 +103,7 @@ def _roll_out_head(
     up = variables["params"]["up"].astype(settings.dtype)
     prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
 
-    def read_token(tokens: Int[Array, " B"]) -> Float[Array, "B gates"]:
+    def read_token(tokens: Int[Array, "*batch"]) -> Float[Array, "*batch gates"]:
         return head.apply(variables, embedding[tokens], method=DominoHead.input_gates)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:

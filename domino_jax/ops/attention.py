@@ -156,8 +156,15 @@ def _attend_chunk(
     is_before = jnp.arange(context_keys.shape[-1]) < anchor_pos[..., None]
     context_scores = jnp.where(is_before[:, None, None, :, None], context_scores * scale, _MASKED_SCORE)
     block_scores = einsum_in_float32("bkgaph,baqkh->bkgapq", grouped, block_keys) * scale
-    weights = jax.nn.softmax(jnp.concatenate([context_scores, block_scores], axis=-1), axis=-1)
-    context_weights, block_weights = jnp.split(weights.astype(queries.dtype), [context_keys.shape[-1]], axis=-1)
-    mixed = jnp.einsum("bkgaps,bksh->bkgaph", context_weights, context_values)
-    mixed = mixed + jnp.einsum("bkgapq,baqkh->bkgaph", block_weights, block_values)
+    # One softmax over both parts without joining them: the joined scores would be written once more, and its quotient
+    # is taken of the mixed values, which are fewer.
+    largest = jnp.max(block_scores, axis=-1, keepdims=True)
+    if context_keys.shape[-1]:
+        largest = jnp.maximum(largest, jnp.max(context_scores, axis=-1, keepdims=True))
+    largest = jax.lax.stop_gradient(largest)
+    context_weights, block_weights = jnp.exp(context_scores - largest), jnp.exp(block_scores - largest)
+    total = jnp.sum(context_weights, axis=-1, keepdims=True) + jnp.sum(block_weights, axis=-1, keepdims=True)
+    mixed = einsum_in_float32("bkgaps,bksh->bkgaph", context_weights.astype(queries.dtype), context_values)
+    mixed = mixed + einsum_in_float32("bkgapq,baqkh->bkgaph", block_weights.astype(queries.dtype), block_values)
+    mixed = (mixed / total).astype(queries.dtype)
     return mixed.transpose(0, 3, 4, 1, 2, 5).reshape(queries.shape)

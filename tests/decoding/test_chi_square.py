@@ -4,6 +4,7 @@ The joint law of four tokens over a vocabulary of 8 is enumerated with the targe
 loop: row i of a batch runs variant i modulo their number, variant 0 being the rule as it is.
 """
 
+import copy
 from dataclasses import replace
 
 import jax
@@ -97,8 +98,10 @@ def p_values(tokens, joint):
     return p_value(tokens, joint, (0, 1, 2)), p_value(tokens, joint, (1, 2, 3))
 
 
-@pytest.mark.parametrize("rule", ["rejection", "seed-exact"])
-def test_joint_law(decoder, exact_law, rule):
+@pytest.mark.parametrize(("rule", "num_candidates"), [("rejection", 0), ("seed-exact", 0), ("seed-exact", 4)])
+def test_joint_law(decoder, exact_law, rule, num_candidates):
+    decoder = copy.copy(decoder)
+    decoder.settings = replace(decoder.settings, num_candidates=num_candidates)
     draws = [draw(decoder, rule, ROWS, 10_000 * i) for i in range(8)]
     tokens = np.concatenate([d[0] for d in draws])
     first_rounds = np.array([lengths[0] for d in draws for lengths in d[1]])
