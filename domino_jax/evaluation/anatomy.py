@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import SamplingConfig
+from domino_jax.config import SamplingConfig, require
 from domino_jax.decoding.generate import init_state
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import CHUNK_LENGTHS, prefill_chunk
@@ -185,7 +185,13 @@ def _repeat_phase(settings: DecodeSettings, phase: str, params: ModelParams, car
 def measure_round(
     settings: DecodeSettings, params: ModelParams, batch: int, context: int, repeats: int = 5
 ) -> list[PhaseCost]:
-    """Time a round of greedy decoding, its phases, the plain step and a prefill chunk for rows of `context` tokens."""
+    """Time a round of greedy decoding, its phases, the plain step and a prefill chunk for rows of `context` tokens.
+
+    Raises:
+        ConfigError: the context leaves no room for a few rounds in the target's.
+    """
+    room = settings.target.max_position_embeddings - 2 * _LOOP_LEN
+    require(1 <= context <= room, f"a context of {context} tokens cannot be timed; 1 .. {room} fit the target")
     plain = replace(settings, draft=None, block_size=1, rule="greedy")
     settings = replace(settings, rule="greedy", has_filters=False)
     costs = [_measure_plain(plain, ModelParams(params.target), batch, context, repeats)]
