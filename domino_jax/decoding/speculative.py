@@ -26,19 +26,21 @@ from domino_jax.decoding.state import (
 )
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
-from domino_jax.models.qwen3 import Qwen3, head_weight, project_to_vocabulary
+from domino_jax.models.qwen3 import Qwen3, embed_tokens, head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
     SamplingParams,
-    choose_tokens,
+    add_noise,
     gumbel_noise,
     row_probabilities,
     scale_and_filter,
     uniform_noise,
 )
 from domino_jax.ops.verification import accept_by_ratio, accept_equal, sample_law
+from domino_jax.ops.vocabulary import choose, choose_and_look_up
 from domino_jax.shapes import Array, Float, Int, Params
+from domino_jax.sharding import constrain_tree, gather_parameter
 
 
 @flax.struct.dataclass
@@ -70,12 +72,11 @@ def backbone_block(
 ) -> tuple[Float[Array, "B P D"], Float[Array, "B P V"], Int[Array, " B"]]:
     """Return the states and base logits of the slots that draft tokens, and the anchors they start from."""
     draft = settings.draft
-    embedding = params.target["embed_tokens"].astype(settings.dtype)
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)[:, 0]
     block = jnp.full((anchors.shape[0], settings.block_size), draft.mask_token_id).at[:, 0].set(anchors)
     hidden = DraftBackbone(draft, dtype=jnp.dtype(settings.dtype)).apply(
         {"params": params.draft["backbone"]},
-        embedding[block],
+        embed_tokens(params.target["embed_tokens"], block, jnp.dtype(settings.dtype)),
         state.anchor_pos,
         state.draft_cache,
         method=DraftBackbone.draft,
@@ -106,11 +107,22 @@ def choose_block(
 
 
 def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
+    log_weights, values = _weigh_drafts(settings, sampling, logits, noise)
+    return Proposal(choose(values), _draft_laws(settings, sampling, log_weights))
+
+
+def _weigh_drafts(
+    settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None
+) -> tuple[Array, Array]:
+    """Return log-weights of the laws that drafts are drawn from, and the values whose argmax they are."""
     if noise is None:
-        return Proposal(jnp.argmax(logits, axis=-1).astype(jnp.int32), None)
+        return logits, logits
     log_weights = scale_and_filter(logits, sampling, settings.has_filters)
-    probs = row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
-    return Proposal(choose_tokens(log_weights, sampling, noise), probs)
+    return log_weights, add_noise(log_weights, sampling, noise)
+
+
+def _draft_laws(settings: DecodeSettings, sampling: SamplingParams, log_weights: Array) -> Array | None:
+    return row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
 
 
 def _roll_out_head(
@@ -123,27 +135,34 @@ def _roll_out_head(
     anchors: Int[Array, " B"],
     noise: Float[Array, "B P V"] | None,
 ) -> Proposal:
-    variables: Params = {"params": params.draft["head"]}
-    embedding = params.target["embed_tokens"].astype(settings.dtype)
+    """Draft with the head; a step's token and its embedding come from one exchange between devices.
+
+    With filters there is a second one, of the whole logits, which have to be sorted.
+    """
+    # Whole over `data` before the loop: under fsdp each step would gather it anew.
+    variables: Params = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
+    embedding = gather_parameter(params.target["embed_tokens"].astype(settings.dtype), "embed_tokens")
     projected = head.apply(variables, hidden, method=DominoHead.project_hidden)
     prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
 
     def step(carry: tuple, slot: tuple) -> tuple[tuple, tuple]:
-        state, previous = carry
+        state, previous_embedding = carry
         logits, inner, slot_noise, is_corrected = slot
-        state = head.apply(variables, state, embedding[previous], method=DominoHead.step)
+        state = head.apply(variables, state, previous_embedding, method=DominoHead.step)
         correction = head.apply(variables, inner, state, method=DominoHead.correct_projected)
         logits = logits + jnp.where(is_corrected, correction, 0.0)
         row_noise = None if slot_noise is None else slot_noise[:, None]
-        chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
-        tokens = chosen.tokens[:, 0]
-        return (state, tokens), (tokens, None if chosen.probs is None else chosen.probs[:, 0])
+        log_weights, values = _weigh_drafts(settings, sampling, logits[:, None], row_noise)
+        tokens, embeddings = choose_and_look_up(values[:, 0], embedding)
+        return (state, embeddings), (tokens, log_weights[:, 0] if settings.rule == "rejection" else None)
 
     by_slot = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (base_logits, projected, noise))
     is_corrected = jnp.arange(base_logits.shape[1]) >= prefix_len
-    start = (head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state), anchors)
+    anchor_embeddings = embed_tokens(params.target["embed_tokens"], anchors, jnp.dtype(settings.dtype))
+    start = (head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state), anchor_embeddings)
     _, drafted = jax.lax.scan(step, start, (*by_slot, is_corrected))
-    return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
+    tokens, log_weights = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+    return Proposal(tokens, _draft_laws(settings, sampling, log_weights))
 
 
 def verify_block(
@@ -211,7 +230,7 @@ def run_round(
     state, acceptance_len = commit_tokens(state, new_tokens, num_accepted + 1, sources)
     rows = jnp.arange(is_active.shape[0])
     recorded = state.acceptance_lengths.at[rows, state.num_rounds].add(acceptance_len, mode="drop")
-    return state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active)
+    return constrain_tree(state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active))
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)

@@ -16,6 +16,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.models.draft_backbone import init_backbone_params
 from domino_jax.models.layers import INIT_STDDEV
 from domino_jax.shapes import Array, Float, Params
+from domino_jax.sharding import constrain, gather_parameter
 
 
 class DominoHead(nn.Module):
@@ -44,18 +45,18 @@ class DominoHead(nn.Module):
 
     def step(self, state: Float[Array, "*batch R"], embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch R"]:
         """Return the GRU's state after reading one more token embedding."""
-        return self._update(state, embedding.astype(self.dtype) @ self.gru_input.astype(self.dtype))
+        return self._update(state, embedding.astype(self.dtype) @ self._weight("gru_input"))
 
     def _update(self, state: Array, input_gates: Array) -> Array:
         reset_in, update_in, new_in = jnp.split(input_gates, 3, axis=-1)
-        reset_state, update_state, new_state = jnp.split(state @ self.gru_hidden.astype(self.dtype), 3, axis=-1)
+        reset_state, update_state, new_state = jnp.split(state @ self._weight("gru_hidden"), 3, axis=-1)
         reset = jax.nn.sigmoid(reset_in + reset_state)
         update = jax.nn.sigmoid(update_in + update_state)
         return (1 - update) * jnp.tanh(new_in + reset * new_state) + update * state
 
     def teacher_states(self, embeddings: Float[Array, "*batch T D"]) -> Float[Array, "*batch T R"]:
         """Return the state after each of T given tokens."""
-        input_gates = embeddings.astype(self.dtype) @ self.gru_input.astype(self.dtype)
+        input_gates = embeddings.astype(self.dtype) @ self._weight("gru_input")
         states, state = [], self.init_state(embeddings.shape[:-2])
         for t in range(embeddings.shape[-2]):
             state = self._update(state, input_gates[..., t, :])
@@ -64,18 +65,22 @@ class DominoHead(nn.Module):
 
     def project_hidden(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
         """Return the part of the correction's inner product that depends on the slot's state alone."""
-        return hidden.astype(self.dtype) @ self.down[: self.config.hidden_size].astype(self.dtype)
+        return hidden.astype(self.dtype) @ self._weight("down")[: self.config.hidden_size]
 
     def correct_projected(
         self, projected: Float[Array, "*batch E"], state: Float[Array, "*batch R"]
     ) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits from `project_hidden`'s result and a GRU state."""
-        inner = jax.nn.silu(projected + state @ self.down[self.config.hidden_size :].astype(self.dtype))
-        return jnp.matmul(inner, self.up.astype(self.dtype), preferred_element_type=jnp.float32)
+        inner = jax.nn.silu(projected + state @ self._weight("down")[self.config.hidden_size :])
+        residual = jnp.matmul(inner, self._weight("up"), preferred_element_type=jnp.float32)
+        return constrain(residual, "logits")
 
     def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits of slots with states `hidden`."""
         return self.correct_projected(self.project_hidden(hidden), state)
+
+    def _weight(self, name: str) -> Array:
+        return gather_parameter(getattr(self, name).astype(self.dtype), f"head/{name}")
 
     def _touch_all(self, hidden: Array) -> Array:
         return self.correct(hidden, self.step(self.init_state(hidden.shape[:-1]), hidden))

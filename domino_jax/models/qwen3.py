@@ -15,7 +15,9 @@ from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
+from domino_jax.ops.vocabulary import look_up
 from domino_jax.shapes import Array, Bool, Float, Int, Params
+from domino_jax.sharding import constrain, gather_parameter
 
 
 @flax.struct.dataclass
@@ -35,12 +37,20 @@ class TargetOutput:
 
 def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits; shared by the target and by every drafter that borrows its head."""
-    return jax.lax.dot_general(
+    logits = jax.lax.dot_general(
         hidden,
-        head.astype(hidden.dtype),
+        gather_parameter(head.astype(hidden.dtype), "lm_head"),
         (((hidden.ndim - 1,), (1,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    return constrain(logits, "logits")
+
+
+def embed_tokens(
+    embedding: Float[Array, "V D"], token_ids: Int[Array, "*batch"], dtype: jnp.dtype
+) -> Float[Array, "*batch D"]:
+    """Return token embeddings in `dtype`; shared by the target and by every drafter that borrows its embedding."""
+    return constrain(look_up(gather_parameter(embedding.astype(dtype), "embed_tokens"), token_ids), "states")
 
 
 class Qwen3(nn.Module):
@@ -116,7 +126,7 @@ class Qwen3(nn.Module):
 
     def embed(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """Return token embeddings in the activation type."""
-        return self.embed_tokens.astype(self.dtype)[token_ids]
+        return embed_tokens(self.embed_tokens, token_ids, self.dtype)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of states after the final norm."""

@@ -13,7 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from domino_jax.ops.vocabulary import choose
 from domino_jax.shapes import Array, Float, Int, UInt32
+from domino_jax.sharding import constrain
 
 Purpose = Literal["choice", "draft", "accept", "residual"]
 _PURPOSE_IDS: dict[str, int] = {"choice": 0, "draft": 1, "accept": 2, "residual": 3}
@@ -59,7 +61,7 @@ def scale_and_filter(
 
 def row_probabilities(log_weights: Float[Array, "B T V"], sampling: SamplingParams) -> Float[Array, "B T V"]:
     """Return the law of `scale_and_filter`'s result; all mass on the argmax for rows of temperature 0."""
-    greedy = jax.nn.one_hot(jnp.argmax(log_weights, axis=-1), log_weights.shape[-1], dtype=log_weights.dtype)
+    greedy = jax.nn.one_hot(choose(log_weights), log_weights.shape[-1], dtype=log_weights.dtype)
     return jnp.where(sampling.temperature[:, None, None] > 0, jax.nn.softmax(log_weights, axis=-1), greedy)
 
 
@@ -67,9 +69,16 @@ def choose_tokens(
     log_weights: Float[Array, "B T V"], sampling: SamplingParams, gumbel: Float[Array, "B T V"] | None
 ) -> Int[Array, "B T"]:
     """Return argmax(log_weights + gumbel); rows of temperature 0, and all rows where `gumbel` is None, are greedy."""
-    if gumbel is not None:
-        log_weights = jnp.where(sampling.temperature[:, None, None] > 0, log_weights + gumbel, log_weights)
-    return jnp.argmax(log_weights, axis=-1).astype(jnp.int32)
+    return choose(add_noise(log_weights, sampling, gumbel))
+
+
+def add_noise(
+    log_weights: Float[Array, "B T V"], sampling: SamplingParams, gumbel: Float[Array, "B T V"] | None
+) -> Float[Array, "B T V"]:
+    """Return the values whose argmax `choose_tokens` takes."""
+    if gumbel is None:
+        return log_weights
+    return jnp.where(sampling.temperature[:, None, None] > 0, log_weights + gumbel, log_weights)
 
 
 def _noise_keys(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Array:
@@ -85,7 +94,8 @@ def gumbel_noise(
 ) -> Float[Array, "B T V"]:
     """Return Gumbel noise for the token at each absolute position."""
     keys = _noise_keys(seed, positions, purpose)
-    return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)))(keys)
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)))(keys)
+    return constrain(noise, "logits")
 
 
 def uniform_noise(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:
