@@ -228,8 +228,9 @@ def run_round(
     sources = jnp.where(is_draft, SOURCE_DRAFTED, own_source)
     is_active = ~state.is_done
     state, acceptance_len = commit_tokens(state, new_tokens, num_accepted + 1, sources)
-    rows = jnp.arange(is_active.shape[0])
-    recorded = state.acceptance_lengths.at[rows, state.num_rounds].add(acceptance_len, mode="drop")
+    recorded = jax.vmap(lambda row, at, length: row.at[at].add(length, mode="drop"))(
+        state.acceptance_lengths, state.num_rounds, acceptance_len
+    )
     return constrain_tree(state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active))
 
 

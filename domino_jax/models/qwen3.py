@@ -118,9 +118,11 @@ class Qwen3(nn.Module):
             keys, values = layer.keys_values(normed, positions)
             cache = write_layer(cache, i, keys, values, start)
             mixed = attend(layer.queries(normed, positions), cache.keys[i], cache.values[i], attend_mask)
-            # The cache holds no value that is not finite; the token that has one says so itself.
-            fault = jnp.where(jnp.isfinite(values).all(axis=(-2, -1)), 0.0, jnp.nan).astype(x.dtype)
-            x = layer.finish(x, mixed) + fault[..., None]
+            # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
+            # queries: devices that share the heads need not ask each other.
+            fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)
+            mixed = mixed + jnp.repeat(fault, mixed.shape[2] // values.shape[2], axis=2)[..., None]
+            x = layer.finish(x, mixed)
             captured[i] = x
         return self._output(x, captured, cache)
 
@@ -135,7 +137,7 @@ class Qwen3(nn.Module):
     def _output(self, x: Array, captured: dict[int, Array], cache: KVCache | None) -> TargetOutput:
         features = [captured[i] for i in self.capture_layers]
         stacked = jnp.concatenate(features, axis=-1) if features else jnp.zeros((*x.shape[:-1], 0), x.dtype)
-        return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), stacked, cache)
+        return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), constrain(stacked, "states"), cache)
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:

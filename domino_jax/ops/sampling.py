@@ -45,6 +45,8 @@ def scale_and_filter(
     scaled = logits / temperature
     if not has_filters:
         return scaled
+    # Sorting needs all of a row: devices that share the vocabulary gather it, once.
+    scaled = constrain(scaled, "states")
     ranked = -jnp.sort(-scaled, axis=-1)
     vocab_size = logits.shape[-1]
     num_kept = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab_size), vocab_size)[:, None, None]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from domino_jax.shapes import Array, Float, Int
-from domino_jax.sharding import MODEL, count_shards
+from domino_jax.sharding import DATA, MODEL, count_shards
 
 
 def look_up(embedding: Float[Array, "V D"], token_ids: Int[Array, "*at"]) -> Float[Array, "*at D"]:
@@ -26,7 +26,7 @@ def look_up(embedding: Float[Array, "V D"], token_ids: Int[Array, "*at"]) -> Flo
         rows = part[jnp.where(is_own, at, 0)]
         return jax.lax.psum(jnp.where(is_own[..., None], rows, 0), MODEL)
 
-    return _on_parts(add_own, (PartitionSpec(MODEL), PartitionSpec()))(embedding, token_ids)
+    return _on_parts(add_own, (_PARTS, _rows(token_ids)), _rows(token_ids))(embedding, token_ids)
 
 
 def choose(values: Float[Array, "*at V"]) -> Int[Array, "*at"]:
@@ -40,7 +40,7 @@ def choose(values: Float[Array, "*at V"]) -> Int[Array, "*at"]:
         packed = jnp.stack([_to_words(best), _to_words(token_ids)], axis=-1)
         return _from_words(_take_best(packed)[..., 1], jnp.int32)
 
-    return _on_parts(exchange, (_last_split(values),))(values)
+    return _on_parts(exchange, (_rows(values, MODEL),), _rows(values))(values)
 
 
 def choose_and_look_up(
@@ -64,16 +64,23 @@ def choose_and_look_up(
         rows = _from_words(taken[..., 2:], dtype).reshape(*token_ids.shape, -1)[..., :width]
         return _from_words(taken[..., 1], jnp.int32), rows
 
-    return _on_parts(exchange, (_last_split(values), PartitionSpec(MODEL)))(values, embedding)
+    return _on_parts(exchange, (_rows(values, MODEL), _PARTS), _rows(values))(values, embedding)
 
 
-def _on_parts(function: Callable[..., Any], splits: tuple[PartitionSpec, ...]) -> Callable[..., Any]:
-    """Return `function` run on every device's part of the vocabulary; its results are the same on all of them."""
-    return jax.shard_map(function, in_specs=splits, out_specs=PartitionSpec(), axis_names={MODEL}, check_vma=False)
+_PARTS = PartitionSpec(MODEL)
 
 
-def _last_split(values: Array) -> PartitionSpec:
-    return PartitionSpec(*[None] * (values.ndim - 1), MODEL)
+def _on_parts(function: Callable[..., Any], splits: tuple[PartitionSpec, ...], result: PartitionSpec) -> Any:
+    """Return `function` run on every device's own rows and its part of the vocabulary.
+
+    Its results are the same on all devices that share rows, which is not checked: an exchange makes them so.
+    """
+    return jax.shard_map(function, in_specs=splits, out_specs=result, check_vma=False)
+
+
+def _rows(x: Array, last: str | None = None) -> PartitionSpec:
+    rows = DATA if count_shards("batch", x.shape[0]) > 1 else None
+    return PartitionSpec(rows, *[None] * (x.ndim - 2), last) if last else PartitionSpec(rows)
 
 
 def _best_of(part: Array) -> tuple[Array, Array]:

@@ -111,9 +111,9 @@ def check_run(config: RunConfig) -> None:
     per_step = config.data.batch_size // config.data.micro_steps
     require(
         layout is None or per_step >= layout.num_data,
-        f"data.batch_size {config.data.batch_size} in data.micro_steps {config.data.micro_steps} is {per_step} sequences "
-        f"at a time for {layout.num_data if layout else 1} groups of devices (mesh.data): some would have nothing to do; "
-        "lower data.micro_steps, or give mesh.model more of the devices",
+        f"data.batch_size {config.data.batch_size} by data.micro_steps {config.data.micro_steps} is {per_step} rows "
+        f"at a time for {layout.num_data if layout else 1} groups of devices (mesh.data), some of which would have "
+        "nothing to do; lower data.micro_steps, or give mesh.model more of the devices",
     )
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():
@@ -144,7 +144,7 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     """Load the target the run trains for, with its tokenizer.
 
     Raises:
-        ConfigError: the run's sequences are longer than the target's context, or the mesh does not fit devices or target.
+        ConfigError: the run's sequences are longer than the target's context, or mesh and target do not fit.
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
