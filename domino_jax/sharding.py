@@ -83,8 +83,6 @@ _ACTIVATIONS: dict[str, _Axes] = {
     "kv_heads": ("batch", ..., "kv_heads", None),
     "mlp": ("batch", ..., "mlp"),
     "cache": ("batch", "kv_heads", None, None),
-    "rows": ("batch", ...),
-    "chunks": (None, "batch", ...),
 }
 """Kind of an activation -> logical axes; `...` stands for any number of whole axes."""
 
@@ -264,6 +262,25 @@ def gather_parameter(weight: Array, path: str) -> Array:
     return jax.lax.with_sharding_constraint(weight, _fit(_find_axes(path, weight.ndim), weight.shape, sizes, False))
 
 
+def on_own_rows(function: Callable[..., _T], whole: Any, rows: Any) -> _T:
+    """Return `function(whole, rows)`, run by every group of devices on its own rows of a batch, the first axis.
+
+    Its results are rows too. What it does in a loop then needs no exchange between the groups, and gradients of `whole`
+    are summed over them once, after the loop. Without an active layout, or where the rows do not divide, it is called
+    once on all of them.
+    """
+    if count_shards("batch", jax.tree.leaves(rows)[0].shape[0]) == 1:
+        return function(whole, rows)
+    by_rows = jax.shard_map(
+        function,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA)),
+        out_specs=PartitionSpec(DATA),
+        axis_names={DATA},
+        check_vma=False,
+    )
+    return by_rows(whole, rows)
+
+
 def count_shards(kind: str, size: int) -> int:
     """Return over how many devices the active layout splits a logical axis of `size`; 1 without one."""
     sizes = _active_sizes()
@@ -271,8 +288,15 @@ def count_shards(kind: str, size: int) -> int:
     return shards if size % shards == 0 else 1
 
 
+def split_axes() -> set[str]:
+    """Return the mesh axes of the active layout that the compiler splits arrays over."""
+    return set(_active_sizes())
+
+
 def _active_sizes() -> dict[str, int]:
-    return dict(jax.sharding.get_abstract_mesh().shape)
+    """Return the mesh axes that the compiler splits arrays over; inside `on_own_rows` that is `model` alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return {name: mesh.shape[name] for name in mesh.axis_names if name not in mesh.manual_axes}
 
 
 def _expand(axes: _Axes, ndim: int) -> _Axes:
@@ -287,7 +311,7 @@ def _fit(axes: _Axes, shape: Sequence[int], sizes: dict[str, int], fsdp: bool) -
     names = _MESH_AXES | _FSDP_AXES if fsdp else _MESH_AXES
     wanted = [names.get(axis) if axis else None for axis in axes]
     return PartitionSpec(
-        *(name if name and size % sizes[name] == 0 else None for name, size in zip(wanted, shape, strict=True))
+        *(name if name in sizes and size % sizes[name] == 0 else None for name, size in zip(wanted, shape, strict=True))
     )
 
 

@@ -121,7 +121,7 @@ def _weigh_drafts(
     return log_weights, add_noise(log_weights, sampling, noise)
 
 
-def _draft_laws(settings: DecodeSettings, sampling: SamplingParams, log_weights: Array) -> Array | None:
+def _draft_laws(settings: DecodeSettings, sampling: SamplingParams, log_weights: Array | None) -> Array | None:
     return row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from domino_jax.shapes import Array, Float, Int
-from domino_jax.sharding import DATA, MODEL, count_shards
+from domino_jax.sharding import DATA, MODEL, count_shards, split_axes
 
 
 def look_up(embedding: Float[Array, "V D"], token_ids: Int[Array, "*at"]) -> Float[Array, "*at D"]:
@@ -75,7 +75,7 @@ def _on_parts(function: Callable[..., Any], splits: tuple[PartitionSpec, ...], r
 
     Its results are the same on all devices that share rows, which is not checked: an exchange makes them so.
     """
-    return jax.shard_map(function, in_specs=splits, out_specs=result, check_vma=False)
+    return jax.shard_map(function, in_specs=splits, out_specs=result, axis_names=split_axes(), check_vma=False)
 
 
 def _rows(x: Array, last: str | None = None) -> PartitionSpec:

@@ -25,7 +25,7 @@ from domino_jax.models.qwen3 import embed_tokens, project_to_vocabulary
 from domino_jax.ops.vocabulary import choose
 from domino_jax.run_config import ObjectiveConfig
 from domino_jax.shapes import Array, Bool, Float, Int, Params
-from domino_jax.sharding import constrain, count_shards
+from domino_jax.sharding import on_own_rows
 from domino_jax.training.anchors import Blocks, build_blocks, gather_rows
 from domino_jax.training.objectives import accepted_support, dpace_weights, match_distance
 
@@ -249,27 +249,31 @@ def sum_in_chunks(
 
     Where devices share the sequences each has `head_chunk` of its own blocks in a chunk.
     """
-    num_shards = count_shards("batch", hidden.shape[0])
-    num_blocks = hidden.shape[0] * hidden.shape[1] // num_shards
-    chunk = min(objective.head_chunk, num_blocks)
-    num_chunks = -(-num_blocks // chunk)
+    whole = {"head": draft_params.get("head"), "embed_tokens": embedding, "lm_head": head}
 
-    def split(x: Array) -> Array:
-        flat = x.reshape(num_shards, num_blocks, *x.shape[2:])
-        padded = jnp.pad(flat, ((0, 0), (0, num_chunks * chunk - num_blocks)) + ((0, 0),) * (flat.ndim - 2))
-        chunks = padded.reshape(num_shards, num_chunks, chunk, *flat.shape[2:]).swapaxes(0, 1)
-        return constrain(chunks.reshape(num_chunks, num_shards * chunk, *flat.shape[2:]), "chunks")
+    def sum_own(whole: Params, rows: tuple) -> LossSums:
+        num_blocks = rows[0].shape[0] * rows[0].shape[1]
+        chunk = min(objective.head_chunk, num_blocks)
+        num_chunks = -(-num_blocks // chunk)
 
-    @jax.checkpoint
-    def sum_chunk(params: Params, *inputs: Any) -> LossSums:
-        return sum_block_losses(draft_config, objective, params, embedding, head, *inputs)
+        def split(x: Array) -> Array:
+            flat = x.reshape(num_blocks, *x.shape[2:])
+            padded = jnp.pad(flat, ((0, num_chunks * chunk - num_blocks),) + ((0, 0),) * (flat.ndim - 1))
+            return padded.reshape(num_chunks, chunk, *flat.shape[1:])
 
-    def add_chunk(total: LossSums, inputs: tuple) -> tuple[LossSums, None]:
-        return add_sums(total, sum_chunk(draft_params, *inputs)), None
+        @jax.checkpoint
+        def sum_chunk(params: Params, *inputs: Any) -> LossSums:
+            embedding, head = whole["embed_tokens"], whole["lm_head"]
+            return sum_block_losses(draft_config, objective, params, embedding, head, *inputs)
 
-    chunks = jax.tree.map(split, (hidden, blocks, target_hidden))
-    total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), chunks)
-    return total
+        def add_chunk(total: LossSums, inputs: tuple) -> tuple[LossSums, None]:
+            return add_sums(total, sum_chunk({"head": whole["head"]}, *inputs)), None
+
+        total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), jax.tree.map(split, rows))
+        return jax.tree.map(lambda x: x[None], total)
+
+    sums = on_own_rows(sum_own, whole, (hidden, blocks, target_hidden))
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
 
 def block_losses(

@@ -255,12 +255,16 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         base_weight = base_weights(state.step)
 
-        def part_sums(params: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
-            sums = micro_loss(params, target_params, key, *arguments)
+        def part_sums(params: Params, frozen: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
+            sums = micro_loss(params, frozen, key, *arguments)
             return [numerator for numerator, _ in mix_losses(objective, sums, base_weight)], sums
 
         def accumulate(carry: tuple[list[Params], LossSums], arguments: tuple) -> tuple[tuple, None]:
-            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, *arguments), state.params, has_aux=True)
+            params, frozen = state.params, target_params
+            if layout and layout.fsdp:
+                # Tied to the micro-step: the compiler would gather all parameters before the loop, and keep them.
+                params, frozen, arguments = jax.lax.optimization_barrier((params, frozen, arguments))
+            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, frozen, *arguments), params, has_aux=True)
             grads = [pull_back([jnp.float32(i == j) for j in range(len(parts))])[0] for i in range(len(parts))]
             grads = [layout.constrain(part) for part in grads] if layout else grads
             return (jax.tree.map(jnp.add, carry[0], grads), add_sums(carry[1], sums)), None
