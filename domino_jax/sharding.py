@@ -82,6 +82,7 @@ _ACTIVATIONS: dict[str, _Axes] = {
     "heads": ("batch", ..., "heads", None),
     "kv_heads": ("batch", ..., "kv_heads", None),
     "mlp": ("batch", ..., "mlp"),
+    "features": ("batch", ..., "features"),
     "cache": ("batch", "kv_heads", None, None),
 }
 """Kind of an activation -> logical axes; `...` stands for any number of whole axes."""

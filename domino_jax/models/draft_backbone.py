@@ -40,7 +40,8 @@ class DraftBackbone(nn.Module):
     def project_context(self, features: Float[Array, "B T CD"]) -> Float[Array, "B T D"]:
         """Return the context vectors c = RMSNorm(fc f) of target features."""
         weight = gather_parameter(self.fc.astype(self.dtype), "backbone/fc")
-        projected = constrain(features.astype(self.dtype) @ weight, "states")
+        features = constrain(features.astype(self.dtype), "features")
+        projected = constrain(features @ weight, "states")
         return rms_norm(projected, self.hidden_norm, self.config.rms_norm_eps)
 
     def write_context(self, context: Float[Array, "B T D"], start: Int[Array, " B"], cache: KVCache) -> KVCache:

@@ -251,7 +251,7 @@ def sum_in_chunks(
     """
     whole = {"head": draft_params.get("head"), "embed_tokens": embedding, "lm_head": head}
 
-    def sum_own(whole: Params, rows: tuple) -> LossSums:
+    def sum_own(whole: Params, rows: tuple) -> list[Array]:
         num_blocks = rows[0].shape[0] * rows[0].shape[1]
         chunk = min(objective.head_chunk, num_blocks)
         num_chunks = -(-num_blocks // chunk)
@@ -270,10 +270,10 @@ def sum_in_chunks(
             return add_sums(total, sum_chunk({"head": whole["head"]}, *inputs)), None
 
         total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), jax.tree.map(split, rows))
-        return jax.tree.map(lambda x: x[None], total)
+        return [x[None] for x in jax.tree.leaves(total)]
 
     sums = on_own_rows(sum_own, whole, (hidden, blocks, target_hidden))
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    return LossSums(*(jnp.sum(x, axis=0) for x in sums))
 
 
 def block_losses(

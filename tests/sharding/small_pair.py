@@ -4,20 +4,30 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
-from domino_jax.run_config import MeshConfig
+from domino_jax.run_config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import build_layout
-from tests.decoding.tiny_pair import draw_params
+from domino_jax.training.step import StepInputs, create_train_state, make_train_step
+from tests.decoding.tiny_pair import draw_params, make_prompts
 
-VOCAB, CONTEXT, BLOCK, MASK_ID = 64, 128, 5, 62
+VOCAB, CONTEXT, BLOCK, MASK_ID, NUM_NEW = 64, 128, 5, 62, 24
+PROMPTS = make_prompts([3, 17, 30, 5, 9], VOCAB)
 
-QUICK = [(2, 1, False), (1, 8, False), (4, 2, False), (2, 2, True)]
-OTHERS = [(1, 1, False), (1, 2, False), (4, 1, False), (1, 4, False), (8, 1, False), (2, 4, False), (2, 4, True)]
+MESHES = [
+    *((1, 1, False), (2, 1, False), (1, 2, False), (4, 1, False), (2, 2, False), (1, 4, False)),
+    *((8, 1, False), (4, 2, False), (2, 4, False), (1, 8, False), (2, 2, True), (2, 4, True)),
+]
 """`data`, `model`, `fsdp`."""
+
+
+def choose_quick(*quick):
+    """Return all meshes as parameters of a test, those not named marked slow."""
+    return [pytest.param(mesh, id=str(mesh), marks=() if mesh in quick else pytest.mark.slow) for mesh in MESHES]
 
 
 def make_layout(data, model, fsdp=False):
@@ -38,18 +48,30 @@ def make_pair(**draft_changes):
         mask_token_id=MASK_ID,
         **(shared | head | draft_changes),
     )
-    # Layers that say little beside the token itself: both models then often agree, and blocks are accepted in part.
-    quiet = {"o_proj": 0.5, "down_proj": 0.5, "up": 0.3}
-    params = [
-        jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * quiet.get(path[-1].key, 1.0), tree)
-        for tree in (draw_params(init_target_params, target, 0), draw_params(init_draft_params, draft, 1))
-    ]
-    return target, params[0], draft, params[1]
+    return target, draw_params(init_target_params, target, 0), draft, draw_params(init_draft_params, draft, 1)
 
 
-def make_decoder(layout=None, **draft_changes):
-    target, target_params, draft, draft_params = make_pair(**draft_changes)
-    return Decoder(target, target_params, draft, draft_params, layout=layout)
+@functools.cache
+def learn_texts(num_steps=150):
+    """Train the drafter on a few texts of the target, so that blocks are accepted in part; return its parameters."""
+    target, target_params, draft, draft_params = make_pair()
+    texts = Decoder(target, target_params).generate(PROMPTS, NUM_NEW)
+    ids = np.zeros((len(texts), 64), np.int32)
+    lengths = np.array([len(t.prompt_ids) + len(t.output_ids) for t in texts], np.int32)
+    for row, text in enumerate(texts):
+        ids[row, : lengths[row]] = text.prompt_ids + text.output_ids
+    inputs = StepInputs(ids[None], np.ones((1, *ids.shape), np.float32), lengths[None])
+    optimizer = OptimizerConfig(learning_rate=1e-2)
+    step = make_train_step(target, draft, ObjectiveConfig(num_anchors=24), optimizer, num_steps)
+    state = create_train_state(draft, optimizer, jax.random.key(0), draft_params)
+    for _ in range(num_steps):
+        state, _ = step(state, target_params, inputs)
+    return jax.tree.map(np.asarray, state.params)
+
+
+def make_decoder(layout=None):
+    target, target_params, draft, _ = make_pair()
+    return Decoder(target, target_params, draft, learn_texts(), layout=layout)
 
 
 def make_batch(seed, sequences, length=32):
