@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from domino_jax.config import ConfigError, SamplingConfig
-from domino_jax.decoding.generate import Decoder, DecodingError, _init_state
+from domino_jax.decoding.generate import Decoder, DecodingError, init_state
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk
 from domino_jax.decoding.speculative import decode_speculative
@@ -120,7 +120,7 @@ def prefilled():
     decoder = make_decoder()
     loop = replace(decoder.settings, block_size=BLOCK)
     sampling = [SamplingConfig()] * len(PROMPTS)
-    state = _init_state(loop, PROMPTS, [6] * len(PROMPTS), sampling, [()] * len(PROMPTS))
+    state = init_state(loop, PROMPTS, [6] * len(PROMPTS), sampling, [()] * len(PROMPTS))
     hidden = jnp.zeros((len(PROMPTS), loop.target.hidden_size), loop.dtype)
     before = state
     state, hidden = prefill_chunk(loop, decoder.params, state, 16, jnp.int32(0), hidden)

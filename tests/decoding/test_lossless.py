@@ -128,7 +128,7 @@ def test_head_off_is_lossless_and_drafts_otherwise(plain):
     drafts = []
     for use_head in (True, False):
         loop = replace(decoder.settings, block_size=BLOCK, rule="seed-exact", has_filters=True, use_head=use_head)
-        state = generate._init_state(loop, PROMPTS, BUDGETS, sampling, stops)
+        state = generate.init_state(loop, PROMPTS, BUDGETS, sampling, stops)
         propose = jax.jit(lambda s, loop=loop: propose_block(loop, decoder.params, s).tokens)
         drafts.append(np.asarray(propose(state)))
     np.testing.assert_array_equal(drafts[0][:, 0], drafts[1][:, 0])

@@ -60,7 +60,7 @@ def test_prefill_equals_a_dense_forward(dense, longest):
     prompts[0][len(prompts[0]) // 2 :] = [MASK_ID] * (len(prompts[0]) - len(prompts[0]) // 2)
     settings = replace(decoder.settings, block_size=1)
     budgets = [500 - len(p) for p in prompts]  # one cache size for every group
-    state = generate._init_state(settings, prompts, budgets, [SamplingConfig()] * 4, [()] * 4)
+    state = generate.init_state(settings, prompts, budgets, [SamplingConfig()] * 4, [()] * 4)
     last_hidden, start = jnp.zeros((4, settings.target.hidden_size)), 0
     chunks = split_into_chunks(max(len(p) for p in prompts))
     assert sum(chunks) == longest

@@ -23,7 +23,7 @@ LENGTHS = (3, 12, 16, 1, 7, 9, 14, 10)
 
 def prefill(decoder, prompts, budgets):
     chunks = replace(decoder.settings, block_size=1, rule="greedy", use_head=True)
-    state = generate._init_state(chunks, prompts, budgets, [SamplingConfig()] * len(prompts), [()] * len(prompts))
+    state = generate.init_state(chunks, prompts, budgets, [SamplingConfig()] * len(prompts), [()] * len(prompts))
     last_hidden, start = jnp.zeros((len(prompts), chunks.target.hidden_size)), 0
     for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
         state, last_hidden = prefill_chunk(chunks, decoder.params, state, chunk_len, jnp.int32(start), last_hidden)
@@ -144,7 +144,7 @@ def test_published_shapes(size):
     def trace():
         params = ModelParams(init_target_params(target, key), init_draft_params(draft, key))
         params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-        before = generate._init_state(settings, [[1, 2, 3], [4]], [100, 7], [SamplingConfig()] * 2, [(5,), ()])
+        before = generate.init_state(settings, [[1, 2, 3], [4]], [100, 7], [SamplingConfig()] * 2, [(5,), ()])
         hidden = jnp.zeros((2, target.hidden_size), jnp.bfloat16)
         filled, hidden = prefill_chunk(settings, params, before, 64, jnp.int32(0), hidden)
         after = run_round(settings, params, filled)
