@@ -303,6 +303,25 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices of a run share its work; no result depends on it beyond rounding.
+
+    Attributes:
+        data: groups of devices that share the sequences of a batch; 0: as many as `model` leaves.
+        model: devices that share every layer: heads, MLP and vocabulary.
+        fsdp: split parameters and optimizer moments over `data` too; they are gathered where they are used.
+    """
+
+    data: int = 0
+    model: int = 1
+    fsdp: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.data >= 0, f"mesh.data is {self.data}; use 0 for all devices that mesh.model leaves")
+        require(self.model >= 1, f"mesh.model is {self.model}; it must be 1 or more")
+
+
+@dataclass(frozen=True)
 class CorpusConfig:
     """The embedded offline default: chats from the standard library, and the small target trained on them.
 
@@ -397,6 +416,7 @@ class RunConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     corpus: CorpusConfig | None = None
 
     def __post_init__(self) -> None:

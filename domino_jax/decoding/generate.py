@@ -19,9 +19,11 @@ from domino_jax.decoding.speculative import Propose, decode_speculative, propose
 from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams, default_num_candidates
 from domino_jax.models.draft_backbone import init_draft_cache
 from domino_jax.models.qwen3 import init_target_cache
+from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.sampling import SamplingParams
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
-from domino_jax.shapes import Params
+from domino_jax.shapes import Array, Float, Params
+from domino_jax.sharding import Layout, activate, check_sizes
 
 _CACHE_STEP = 128
 
@@ -52,15 +54,18 @@ class Decoder:
         draft_config: DraftConfig | None = None,
         draft_params: Params | None = None,
         dtype: str = "float32",
+        layout: Layout | None = None,
         num_candidates: int | None = None,
     ) -> None:
         """Hold both models; `dtype` names the activation and cache type.
 
+        With a layout parameters and caches are split over its mesh, and rows over `data`; the text is the same.
         `num_candidates` tokens a slot are corrected by the head (`DecodeSettings`), 0: the whole vocabulary, None: the
         default for its size.
 
         Raises:
             DecodingError: the drafter does not fit the target, or `num_candidates` is negative.
+            ConfigError: the layout splits what cannot be split.
         """
         misfits = find_misfits(draft_config, target_config) if draft_config else []
         if misfits:
@@ -69,10 +74,13 @@ class Decoder:
             raise DecodingError(f"num_candidates is {num_candidates}; give 0 for the whole vocabulary, or more")
         if num_candidates is None:
             num_candidates = default_num_candidates(target_config.vocab_size)
+        check_sizes(layout, target_config, draft_config)
         self.settings = DecodeSettings(
             target=target_config, draft=draft_config, dtype=dtype, num_candidates=num_candidates
         )
-        self.params = ModelParams(target_params, draft_params)
+        params = ModelParams(target_params, draft_params)
+        self.params = layout.place(params) if layout else params
+        self._layout = layout
         self.last_timings = Timings(0.0, 0.0)
 
     def generate(
@@ -107,9 +115,10 @@ class Decoder:
         results, prefill_s, decode_s = [], 0.0, 0.0
         for i in range(0, len(prompts), step):
             rows = slice(i, i + step)
-            results += self._run_batch(
-                loop, list(prompts[rows]), budgets[rows], settings_rows[rows], stops[rows], step, propose
-            )
+            with activate(self._layout):
+                results += self._run_batch(
+                    loop, list(prompts[rows]), budgets[rows], settings_rows[rows], stops[rows], step, propose
+                )
             prefill_s += self.last_timings.prefill_s
             decode_s += self.last_timings.decode_s
         self.last_timings = Timings(prefill_s, decode_s)
@@ -174,6 +183,8 @@ class Decoder:
         propose: Propose,
     ) -> list[Generation]:
         num_real = len(prompts)
+        if self._layout:
+            num_rows = _round_up(num_rows, self._layout.num_data)
         padding = num_rows - num_real
         state = init_state(
             loop,
@@ -181,12 +192,13 @@ class Decoder:
             budgets + [0] * padding,
             sampling + [SamplingConfig()] * padding,
             stops + [()] * padding,
+            self._layout,
         )
         params = self.params if loop.draft else ModelParams(self.params.target)
         began = time.perf_counter()
         # Chunks do not depend on how blocks are drafted or tokens chosen: one program serves all such settings.
         chunks = replace(loop, block_size=1, rule="greedy", has_filters=False, use_head=True)
-        last_hidden = jnp.zeros((num_rows, loop.target.hidden_size), loop.dtype)
+        last_hidden = init_last_hidden(loop, num_rows, self._layout)
         start = 0
         for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
             state, last_hidden = prefill_chunk(
@@ -217,12 +229,32 @@ def _round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+def init_last_hidden(settings: DecodeSettings, batch: int, layout: Layout | None = None) -> Float[Array, "B D"]:
+    """Return the last prompt states before any chunk was run, as `prefill_chunk` takes them."""
+    shape = jax.ShapeDtypeStruct((batch, settings.target.hidden_size), jnp.dtype(settings.dtype))
+    return layout.zeros({"last_hidden": shape})["last_hidden"] if layout else jnp.zeros(shape.shape, shape.dtype)
+
+
+def _init_caches(
+    loop: DecodeSettings, batch: int, num_positions: int, layout: Layout | None
+) -> dict[str, KVCache | None]:
+    def make() -> dict[str, KVCache | None]:
+        dtype = jnp.dtype(loop.dtype)
+        return {
+            "target_cache": init_target_cache(loop.target, batch, num_positions, dtype),
+            "draft_cache": init_draft_cache(loop.draft, batch, num_positions, dtype) if loop.draft else None,
+        }
+
+    return layout.zeros(jax.eval_shape(make)) if layout else make()
+
+
 def init_state(
     loop: DecodeSettings,
     prompts: list[Sequence[int]],
     budgets: list[int],
     sampling: list[SamplingConfig],
     stops: list[Sequence[int]],
+    layout: Layout | None = None,
 ) -> DecodeState:
     """Return the state before prefill: committed lengths are the prompts', rows without a budget are done."""
     batch = len(prompts)
@@ -246,8 +278,7 @@ def init_state(
         min_p=jnp.asarray([s.min_p for s in sampling], jnp.float32),
         seed=jnp.asarray([s.seed for s in sampling], jnp.uint32),
     )
-    dtype = jnp.dtype(loop.dtype)
-    return DecodeState(
+    state = DecodeState(
         tokens=jnp.asarray(tokens),
         sources=jnp.full((batch, num_positions), SOURCE_PROMPT, jnp.int8),
         committed_len=jnp.asarray(prompt_len),
@@ -258,9 +289,9 @@ def init_state(
         acceptance_lengths=jnp.zeros((batch, _round_up(max(budgets), _CACHE_STEP)), jnp.int32),
         num_rounds=jnp.zeros(batch, jnp.int32),
         sampling=params,
-        target_cache=init_target_cache(loop.target, batch, num_positions, dtype),
-        draft_cache=init_draft_cache(loop.draft, batch, num_positions, dtype) if loop.draft else None,
+        **_init_caches(loop, batch, num_positions, layout),
     )
+    return layout.place(state) if layout else state
 
 
 def _to_generations(

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.ops.precision import in_full_precision
-from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import choose_tokens, gumbel_noise, scale_and_filter
+from domino_jax.ops.vocabulary import choose
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain_tree
 
 
 def choose_next(
@@ -21,7 +22,7 @@ def choose_next(
 ) -> Int[Array, "B W"]:
     """Return the target's own choice for the tokens at `positions`: the argmax, or a draw with the row's noise."""
     if settings.rule == "greedy":
-        return first_argmax(logits)
+        return choose(logits)
     noise = gumbel_noise(state.sampling.seed, positions, logits.shape[-1], "choice")
     return choose_tokens(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling, noise)
 
@@ -46,7 +47,7 @@ def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState
     logits, _, state = read_anchor(settings, params, state)
     chosen = choose_next(logits, state.committed_len[:, None], state, settings)
     ones = jnp.ones_like(state.committed_len)
-    return commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0]
+    return constrain_tree(commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0])
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

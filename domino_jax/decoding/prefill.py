@@ -14,6 +14,7 @@ from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain, constrain_tree
 
 CHUNK_LENGTHS = (16, 64, 256)
 """Static lengths a prompt is cut into; few, because each is compiled once for a batch and cache size."""
@@ -69,7 +70,7 @@ def prefill_chunk(
     inside = (offset >= 0) & (offset < chunk_len)
     at = jnp.clip(offset, 0, chunk_len - 1)[:, None, None]
     ending = jnp.take_along_axis(hidden, at, axis=1)[:, 0]
-    return state, jnp.where(inside[:, None], ending, last_hidden)
+    return constrain_tree(state), constrain(jnp.where(inside[:, None], ending, last_hidden), "states")
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -82,4 +83,4 @@ def choose_first(
     logits = target.apply({"params": params.target}, last_hidden[:, None], method=Qwen3.logits)
     chosen = choose_next(logits, state.committed_len[:, None], state, settings)
     ones = jnp.ones_like(state.committed_len)
-    return commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0]
+    return constrain_tree(commit_tokens(state, chosen, ones, jnp.full_like(chosen, SOURCE_TARGET))[0])

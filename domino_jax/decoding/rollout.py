@@ -16,10 +16,13 @@ import jax.numpy as jnp
 
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
 from domino_jax.models.domino_head import DominoHead, update_state
+from domino_jax.models.qwen3 import embed_tokens
 from domino_jax.ops.products import einsum_in_float32
 from domino_jax.ops.ranking import first_argmax, top_indices
-from domino_jax.ops.sampling import SamplingParams, choose_tokens, gumbel_noise, row_probabilities, scale_and_filter
+from domino_jax.ops.sampling import SamplingParams, add_noise, gumbel_noise, row_probabilities, scale_and_filter
+from domino_jax.ops.vocabulary import choose, choose_and_look_up, look_up
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain_tree, gather_parameter
 
 _MAX_GATE_ROWS = 256
 """Rows times candidates up to which an accelerator computes the gates of all candidates at once: one product that
@@ -68,11 +71,22 @@ def choose_block(
 
 
 def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
+    log_weights, values = _weigh_drafts(settings, sampling, logits, noise)
+    return Proposal(choose(values), _draft_laws(settings, sampling, log_weights))
+
+
+def _weigh_drafts(
+    settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None
+) -> tuple[Array, Array]:
+    """Return log-weights of the laws that drafts are drawn from, and the values whose argmax they are."""
     if noise is None:
-        return Proposal(first_argmax(logits), None)
+        return logits, logits
     log_weights = scale_and_filter(logits, sampling, settings.has_filters)
-    probs = row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
-    return Proposal(choose_tokens(log_weights, sampling, noise), probs)
+    return log_weights, add_noise(log_weights, sampling, noise)
+
+
+def _draft_laws(settings: DecodeSettings, sampling: SamplingParams, log_weights: Array | None) -> Array | None:
+    return row_probabilities(log_weights, sampling) if settings.rule == "rejection" else None
 
 
 def _find_candidates(
@@ -97,14 +111,19 @@ def _roll_out_head(
     anchors: Int[Array, " B"],
     noise: Float[Array, "B P M"] | None,
 ) -> Proposal:
-    """Draft token by token; `candidates` names the tokens the logits belong to, None: they are the vocabulary's."""
-    head, variables = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype)), {"params": params.draft["head"]}
-    embedding = params.target["embed_tokens"].astype(settings.dtype)
-    up = variables["params"]["up"].astype(settings.dtype)
+    """Draft token by token; `candidates` names the tokens the logits belong to, None: they are the vocabulary's.
+
+    Devices that share the vocabulary exchange a step's token and its embedding at once. With filters over the whole of
+    it there is a second exchange, of the logits, which have to be sorted; gates of candidates need none at all.
+    """
+    head = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype))
+    # Whole over `data` before the loop: under fsdp each step would gather it anew.
+    variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
+    embedding = gather_parameter(params.target["embed_tokens"].astype(settings.dtype), "embed_tokens")
     prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
 
-    def read_token(tokens: Int[Array, "*batch"]) -> Float[Array, "*batch gates"]:
-        return head.apply(variables, embedding[tokens], method=DominoHead.input_gates)
+    def read(embeddings: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
+        return head.apply(variables, embeddings, method=DominoHead.input_gates)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
         state, state_gates, input_gates = carry
@@ -112,50 +131,59 @@ def _roll_out_head(
         state_gates, inner = head.apply(variables, state, method=DominoHead.project_state)
         inner = jax.nn.silu(slot["projected"] + inner)
         if candidates is None:
-            correction = einsum_in_float32("be,ev->bv", inner, up)
+            correction = head.apply(variables, inner, method=DominoHead.expand)
         else:
             correction = einsum_in_float32("be,bme->bm", inner, slot["up"])
         logits = slot["logits"] + jnp.where(slot["is_corrected"], correction, 0.0)
         row_noise = None if slot["noise"] is None else slot["noise"][:, None]
-        chosen = _choose_drafts(settings, sampling, logits[:, None], row_noise)
-        tokens = places = chosen.tokens[:, 0]
-        if candidates is not None:
-            tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
-        if slot["gates"] is None:
-            input_gates = read_token(tokens)
+        log_weights, values = _weigh_drafts(settings, sampling, logits[:, None], row_noise)
+        if candidates is None:
+            tokens, embeddings = choose_and_look_up(values[:, 0], embedding)
+            input_gates = read(embeddings)
         else:
-            input_gates = jax.lax.platform_dependent(
-                tokens,
-                places,
-                slot["gates"],
-                cpu=lambda tokens, *_: read_token(tokens),
-                default=lambda _, places, gates: jnp.take_along_axis(gates, places[:, None, None], axis=1)[:, 0],
-            )
-        return (state, state_gates, input_gates), (tokens, None if chosen.probs is None else chosen.probs[:, 0])
+            places = first_argmax(values[:, 0])
+            tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
+            input_gates = _gates_of_choice(slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids)))
+        return (state, state_gates, input_gates), (tokens, log_weights[:, 0] if settings.rule == "rejection" else None)
 
     slots = {
         "logits": base_logits,
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None if candidates is None else up.T[candidates],
-        "gates": _gates_of_candidates(candidates, read_token),
+        "up": None if candidates is None else variables["params"]["up"].astype(settings.dtype).T[candidates],
+        "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids))),
     }
     slots = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), slots)
     slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= prefix_len
     state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
-    _, drafted = jax.lax.scan(step, (state, no_gates, read_token(anchors)), slots)
-    return Proposal(*jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted))
+    start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, jnp.dtype(settings.dtype))))
+    _, drafted = jax.lax.scan(step, start, slots)
+    tokens, log_weights = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+    return Proposal(tokens, _draft_laws(settings, sampling, log_weights))
 
 
-def _gates_of_candidates(candidates: Array | None, read_token: Callable[[Array], Array]) -> Array | None:
+def _gates_of_candidates(candidates: Array | None, read_tokens: Callable[[Array], Array]) -> Array | None:
     """Return the GRU's input gates of every candidate; None where one token a step is quicker on any device."""
     if candidates is None or candidates.shape[0] * candidates.shape[-1] > _MAX_GATE_ROWS:
         return None
-    width = jax.eval_shape(read_token, candidates).shape[-1]
+    gates = jax.eval_shape(read_tokens, candidates)
     return jax.lax.platform_dependent(
-        candidates,
-        cpu=lambda ids: jnp.zeros((*ids.shape, width), jax.eval_shape(read_token, ids).dtype),
-        default=read_token,
+        candidates, cpu=lambda _: jnp.zeros(gates.shape, gates.dtype), default=read_tokens
+    )
+
+
+def _gates_of_choice(
+    gates: Array | None, tokens: Int[Array, " B"], places: Int[Array, " B"], read_tokens: Callable[[Array], Array]
+) -> Array:
+    """Return the input gates of the chosen tokens, from those of all candidates where they were computed."""
+    if gates is None:
+        return read_tokens(tokens)
+    return jax.lax.platform_dependent(
+        tokens,
+        places,
+        gates,
+        cpu=lambda tokens, *_: read_tokens(tokens),
+        default=lambda _, places, gates: jnp.take_along_axis(gates, places[:, None, None], axis=1)[:, 0],
     )

@@ -25,7 +25,7 @@ from domino_jax.decoding.state import (
     commit_tokens,
 )
 from domino_jax.models.draft_backbone import DraftBackbone
-from domino_jax.models.qwen3 import Qwen3, TargetOutput, head_weight, project_to_vocabulary
+from domino_jax.models.qwen3 import Qwen3, TargetOutput, embed_tokens, head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
@@ -36,6 +36,7 @@ from domino_jax.ops.sampling import (
 )
 from domino_jax.ops.verification import accept_by_ratio, accept_equal, sample_law
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain_tree
 
 Propose: TypeAlias = Callable[[DecodeSettings, ModelParams, DecodeState], Proposal]
 
@@ -45,12 +46,11 @@ def draft_states(
 ) -> tuple[Float[Array, "B P D"], Int[Array, " B"]]:
     """Return the backbone's states of the slots that draft tokens, and the anchors they start from."""
     draft = settings.draft
-    embedding = params.target["embed_tokens"].astype(settings.dtype)
     anchors = jnp.take_along_axis(state.tokens, state.anchor_pos[:, None], axis=1)[:, 0]
     block = jnp.full((anchors.shape[0], settings.block_size), draft.mask_token_id).at[:, 0].set(anchors)
     hidden = DraftBackbone(draft, dtype=jnp.dtype(settings.dtype)).apply(
         {"params": params.draft["backbone"]},
-        embedding[block],
+        embed_tokens(params.target["embed_tokens"], block, jnp.dtype(settings.dtype)),
         state.anchor_pos,
         state.draft_cache,
         method=DraftBackbone.draft,
@@ -147,9 +147,10 @@ def commit_block(
     sources = jnp.where(is_draft, SOURCE_DRAFTED, own_source)
     is_active = ~state.is_done
     state, acceptance_len = commit_tokens(state, new_tokens, num_accepted + 1, sources)
-    rows = jnp.arange(is_active.shape[0])
-    recorded = state.acceptance_lengths.at[rows, state.num_rounds].add(acceptance_len, mode="drop")
-    return state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active)
+    recorded = jax.vmap(lambda row, at, length: row.at[at].add(length, mode="drop"))(
+        state.acceptance_lengths, state.num_rounds, acceptance_len
+    )
+    return constrain_tree(state.replace(acceptance_lengths=recorded, num_rounds=state.num_rounds + is_active))
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)

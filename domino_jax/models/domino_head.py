@@ -17,6 +17,7 @@ from domino_jax.models.draft_backbone import init_backbone_params
 from domino_jax.models.layers import INIT_STDDEV
 from domino_jax.ops.products import einsum_in_float32, multiply
 from domino_jax.shapes import Array, Float, Params
+from domino_jax.sharding import constrain, gather_parameter
 
 
 class DominoHead(nn.Module):
@@ -49,22 +50,22 @@ class DominoHead(nn.Module):
 
     def input_gates(self, embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
         """Return the part of the GRU's three gates that depends on the token read alone."""
-        return embedding.astype(self.dtype) @ self.gru_input.astype(self.dtype)
+        return embedding.astype(self.dtype) @ self._weight("gru_input")
 
     def project_state(
         self, state: Float[Array, "*batch R"]
     ) -> tuple[Float[Array, "*batch gates"], Float[Array, "*batch E"]]:
         """Return what a state gives to the gates of the step after it and to its own correction, in one product."""
-        weight = jnp.concatenate([self.gru_hidden, self.down[self.config.hidden_size :]], axis=-1)
-        gates, inner = jnp.split(multiply(state, weight.astype(self.dtype)), [self.gru_hidden.shape[-1]], axis=-1)
+        weight = jnp.concatenate([self._weight("gru_hidden"), self._weight("down")[self.config.hidden_size :]], axis=-1)
+        gates, inner = jnp.split(multiply(state, weight), [self.gru_hidden.shape[-1]], axis=-1)
         return gates, inner
 
     def _update(self, state: Array, input_gates: Array) -> Array:
-        return update_state(state, input_gates, state @ self.gru_hidden.astype(self.dtype))
+        return update_state(state, input_gates, state @ self._weight("gru_hidden"))
 
     def teacher_states(self, embeddings: Float[Array, "*batch T D"]) -> Float[Array, "*batch T R"]:
         """Return the state after each of T given tokens."""
-        input_gates = embeddings.astype(self.dtype) @ self.gru_input.astype(self.dtype)
+        input_gates = embeddings.astype(self.dtype) @ self._weight("gru_input")
         states, state = [], self.init_state(embeddings.shape[:-2])
         for t in range(embeddings.shape[-2]):
             state = self._update(state, input_gates[..., t, :])
@@ -73,18 +74,25 @@ class DominoHead(nn.Module):
 
     def project_hidden(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
         """Return the part of the correction's inner product that depends on the slot's state alone."""
-        return hidden.astype(self.dtype) @ self.down[: self.config.hidden_size].astype(self.dtype)
+        return hidden.astype(self.dtype) @ self._weight("down")[: self.config.hidden_size]
 
     def correct_projected(
         self, projected: Float[Array, "*batch E"], state: Float[Array, "*batch R"]
     ) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits from `project_hidden`'s result and a GRU state."""
-        inner = jax.nn.silu(projected + state @ self.down[self.config.hidden_size :].astype(self.dtype))
-        return einsum_in_float32("...e,ev->...v", inner, self.up.astype(self.dtype))
+        inner = jax.nn.silu(projected + state @ self._weight("down")[self.config.hidden_size :])
+        return self.expand(inner)
+
+    def expand(self, inner: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
+        """Return the float32 residual of the correction's inner states."""
+        return constrain(einsum_in_float32("...e,ev->...v", inner, self._weight("up")), "logits")
 
     def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits of slots with states `hidden`."""
         return self.correct_projected(self.project_hidden(hidden), state)
+
+    def _weight(self, name: str) -> Array:
+        return gather_parameter(getattr(self, name).astype(self.dtype), f"head/{name}")
 
     def _touch_all(self, hidden: Array) -> Array:
         return self.correct(hidden, self.step(self.init_state(hidden.shape[:-1]), hidden))

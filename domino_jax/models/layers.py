@@ -14,6 +14,7 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.ops.attention import apply_rope
 from domino_jax.ops.products import multiply
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain, gather_parameter
 
 INIT_STDDEV = 0.02
 """Standard deviation of freshly drawn weights. Source: `initializer_range` of the public Qwen3 configs."""
@@ -69,7 +70,8 @@ class DecoderLayer(nn.Module):
 
     def queries(self, normed: Float[Array, "*batch T D"], positions: Int[Array, "*batch T"]) -> Float[Array, "..."]:
         """Return rotated queries `[..., T, N, H]` of normed states."""
-        heads = multiply(normed, self.q_proj.astype(self.dtype)).reshape(*normed.shape[:-1], -1, self.head_dim)
+        heads = multiply(normed, self._weight("q_proj")).reshape(*normed.shape[:-1], -1, self.head_dim)
+        heads = constrain(heads, "heads")
         return apply_rope(rms_norm(heads, self.q_norm, self.rms_norm_eps), positions, self.rope_theta)
 
     def keys_values(
@@ -77,17 +79,21 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """Return rotated keys and values, each `[..., T, K, H]`, of states that need no further norm."""
         shape = (*states.shape[:-1], -1, self.head_dim)
-        keys = multiply(states, self.k_proj.astype(self.dtype)).reshape(shape)
-        keys = apply_rope(rms_norm(keys, self.k_norm, self.rms_norm_eps), positions, self.rope_theta)
-        return keys, multiply(states, self.v_proj.astype(self.dtype)).reshape(shape)
+        keys = constrain(multiply(states, self._weight("k_proj")).reshape(shape), "kv_heads")
+        values = constrain(multiply(states, self._weight("v_proj")).reshape(shape), "kv_heads")
+        return apply_rope(rms_norm(keys, self.k_norm, self.rms_norm_eps), positions, self.rope_theta), values
 
     def finish(self, x: Float[Array, "*batch T D"], mixed: Float[Array, "*batch T N H"]) -> Float[Array, "..."]:
         """Return the layer's output `[..., T, D]` from its input and the attention's result."""
-        x = x + multiply(mixed.reshape(*mixed.shape[:-2], -1), self.o_proj.astype(self.dtype))
+        mixed = constrain(mixed, "heads").reshape(*mixed.shape[:-2], -1)
+        x = constrain(x + multiply(mixed, self._weight("o_proj")), "states")
         normed = rms_norm(x, self.post_attention_layernorm, self.rms_norm_eps)
-        gate = jax.nn.silu(multiply(normed, self.gate_proj.astype(self.dtype)))
-        inner = gate * multiply(normed, self.up_proj.astype(self.dtype))
-        return x + multiply(inner, self.down_proj.astype(self.dtype))
+        gate = jax.nn.silu(multiply(normed, self._weight("gate_proj")))
+        inner = constrain(gate * multiply(normed, self._weight("up_proj")), "mlp")
+        return constrain(x + multiply(inner, self._weight("down_proj")), "states")
+
+    def _weight(self, name: str) -> Array:
+        return gather_parameter(getattr(self, name).astype(self.dtype), f"layers_0/{name}")
 
 
 def make_layer(config: TargetConfig | DraftConfig, dtype: jnp.dtype, residual_scale: float = 1.0) -> DecoderLayer:

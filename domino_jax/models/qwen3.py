@@ -15,7 +15,9 @@ from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend, attend_causal
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.ops.products import einsum_in_float32
+from domino_jax.ops.vocabulary import look_up
 from domino_jax.shapes import Array, Float, Int, Params
+from domino_jax.sharding import constrain, gather_parameter
 
 
 @flax.struct.dataclass
@@ -35,7 +37,15 @@ class TargetOutput:
 
 def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits; shared by the target and by every drafter that borrows its head."""
-    return einsum_in_float32("...d,vd->...v", hidden, head.astype(hidden.dtype))
+    weight = gather_parameter(head.astype(hidden.dtype), "lm_head")
+    return constrain(einsum_in_float32("...d,vd->...v", hidden, weight), "logits")
+
+
+def embed_tokens(
+    embedding: Float[Array, "V D"], token_ids: Int[Array, "*batch"], dtype: jnp.dtype
+) -> Float[Array, "*batch D"]:
+    """Return token embeddings in `dtype`; shared by the target and by every drafter that borrows its embedding."""
+    return constrain(look_up(gather_parameter(embedding.astype(dtype), "embed_tokens"), token_ids), "states")
 
 
 class Qwen3(nn.Module):
@@ -88,15 +98,17 @@ class Qwen3(nn.Module):
             keys, values = layer.keys_values(normed, positions)
             cache = write_layer(cache, i, keys, values, start)
             mixed = attend(layer.queries(normed, positions), cache.keys[i], cache.values[i], attend_mask)
-            # The cache holds no value that is not finite; the token that has one says so itself.
-            fault = jnp.where(jnp.isfinite(values).all(axis=(-2, -1)), 0.0, jnp.nan).astype(x.dtype)
-            x = layer.finish(x, mixed) + fault[..., None]
+            # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
+            # queries: devices that share the heads need not ask each other.
+            fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)
+            mixed = mixed + jnp.repeat(fault, mixed.shape[2] // values.shape[2], axis=2)[..., None]
+            x = layer.finish(x, mixed)
             captured[i] = x
         return self._output(x, captured, cache)
 
     def embed(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """Return token embeddings in the activation type."""
-        return self.embed_tokens.astype(self.dtype)[token_ids]
+        return embed_tokens(self.embed_tokens, token_ids, self.dtype)
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits of states after the final norm."""
@@ -105,7 +117,7 @@ class Qwen3(nn.Module):
     def _output(self, x: Array, captured: dict[int, Array], cache: KVCache | None) -> TargetOutput:
         features = [captured[i] for i in self.capture_layers]
         stacked = jnp.concatenate(features, axis=-1) if features else jnp.zeros((*x.shape[:-1], 0), x.dtype)
-        return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), stacked, cache)
+        return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), constrain(stacked, "states"), cache)
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from domino_jax.ops.products import einsum_in_float32
 from domino_jax.shapes import Array, Bool, Float, Int
+from domino_jax.sharding import on_own_rows
 
 _MASKED_SCORE = -1e30
 
@@ -107,10 +108,17 @@ def attend_blocks(
 
     Source: Domino, arXiv 2605.29707, training attention mask.
     """
+    rows = (context_keys, context_values, queries, block_keys, block_values, anchor_pos)
+    if anchor_chunk is None or anchor_chunk >= anchor_pos.shape[1]:
+        return jax.checkpoint(_attend_chunk)(*rows)
+    return on_own_rows(lambda _, own: _attend_in_chunks(anchor_chunk, *own), None, rows)
+
+
+def _attend_in_chunks(
+    anchor_chunk: int, context_keys: Array, context_values: Array, *per_anchor: Array
+) -> Float[Array, "B A P N H"]:
+    queries, anchor_pos = per_anchor[0], per_anchor[-1]
     batch, num_anchors, context_len = *anchor_pos.shape, context_keys.shape[-1]
-    per_anchor = (queries, block_keys, block_values, anchor_pos)
-    if anchor_chunk is None or anchor_chunk >= num_anchors:
-        return jax.checkpoint(_attend_chunk)(context_keys, context_values, *per_anchor)
     num_chunks = -(-num_anchors // anchor_chunk)
     prefixes = [context_len * i // _NUM_PREFIXES for i in range(_NUM_PREFIXES + 1)]
 

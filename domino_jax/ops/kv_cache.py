@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.shapes import Array, Float, Int
+from domino_jax.sharding import constrain
 
 
 @no_type_check  # see `domino_jax.shapes`
@@ -64,6 +65,7 @@ def write_layer(
     written_values = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))(
         cache.values[layer], new_values, start
     )
+    written_keys, written_values = constrain(written_keys, "cache"), constrain(written_values, "cache")
     return KVCache(
         keys=cache.keys[:layer] + (written_keys,) + cache.keys[layer + 1 :],
         values=cache.values[:layer] + (written_values,) + cache.values[layer + 1 :],

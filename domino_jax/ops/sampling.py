@@ -13,8 +13,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from domino_jax.ops.ranking import first_argmax
+from domino_jax.ops.vocabulary import choose
 from domino_jax.shapes import Array, Float, Int, UInt32
+from domino_jax.sharding import constrain
 
 Purpose = Literal["choice", "draft", "accept", "residual"]
 _PURPOSE_IDS: dict[str, int] = {"choice": 0, "draft": 1, "accept": 2, "residual": 3}
@@ -44,6 +45,8 @@ def scale_and_filter(
     scaled = logits / temperature
     if not has_filters:
         return scaled
+    # Sorting needs all of a row: devices that share the vocabulary gather it, once.
+    scaled = constrain(scaled, "states")
     ranked = -jnp.sort(-scaled, axis=-1)
     vocab_size = logits.shape[-1]
     num_kept = jnp.where(sampling.top_k > 0, jnp.minimum(sampling.top_k, vocab_size), vocab_size)[:, None, None]
@@ -60,7 +63,7 @@ def scale_and_filter(
 
 def row_probabilities(log_weights: Float[Array, "B T V"], sampling: SamplingParams) -> Float[Array, "B T V"]:
     """Return the law of `scale_and_filter`'s result; all mass on the argmax for rows of temperature 0."""
-    greedy = jax.nn.one_hot(first_argmax(log_weights), log_weights.shape[-1], dtype=log_weights.dtype)
+    greedy = jax.nn.one_hot(choose(log_weights), log_weights.shape[-1], dtype=log_weights.dtype)
     return jnp.where(sampling.temperature[:, None, None] > 0, jax.nn.softmax(log_weights, axis=-1), greedy)
 
 
@@ -68,9 +71,16 @@ def choose_tokens(
     log_weights: Float[Array, "B T V"], sampling: SamplingParams, gumbel: Float[Array, "B T V"] | None
 ) -> Int[Array, "B T"]:
     """Return argmax(log_weights + gumbel); rows of temperature 0, and all rows where `gumbel` is None, are greedy."""
-    if gumbel is not None:
-        log_weights = jnp.where(sampling.temperature[:, None, None] > 0, log_weights + gumbel, log_weights)
-    return first_argmax(log_weights)
+    return choose(add_noise(log_weights, sampling, gumbel))
+
+
+def add_noise(
+    log_weights: Float[Array, "B T V"], sampling: SamplingParams, gumbel: Float[Array, "B T V"] | None
+) -> Float[Array, "B T V"]:
+    """Return the values whose argmax `choose_tokens` takes."""
+    if gumbel is None:
+        return log_weights
+    return jnp.where(sampling.temperature[:, None, None] > 0, log_weights + gumbel, log_weights)
 
 
 def _noise_keys(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Array:
@@ -86,7 +96,8 @@ def gumbel_noise(
 ) -> Float[Array, "B T V"]:
     """Return Gumbel noise for the token at each absolute position."""
     keys = _noise_keys(seed, positions, purpose)
-    return jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)))(keys)
+    noise = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, (vocab_size,), jnp.float32)))(keys)
+    return constrain(noise, "logits")
 
 
 def uniform_noise(seed: UInt32[Array, " B"], positions: Int[Array, "B T"], purpose: Purpose) -> Float[Array, "B T"]:

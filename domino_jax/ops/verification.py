@@ -10,7 +10,7 @@ Source: speculative sampling, arXiv 2211.17192 and 2302.01318.
 import jax
 import jax.numpy as jnp
 
-from domino_jax.ops.ranking import first_argmax
+from domino_jax.ops.vocabulary import choose
 from domino_jax.shapes import Array, Bool, Float, Int
 
 
@@ -53,7 +53,7 @@ def accept_by_ratio(
 
 def sample_law(law: Float[Array, "B V"], gumbel: Float[Array, "B V"]) -> Int[Array, " B"]:
     """Return a token a row drawn from an unnormalised law; tokens of weight 0 are never drawn."""
-    return first_argmax(jnp.where(law > 0, jnp.log(law) + gumbel, -jnp.inf))
+    return choose(jnp.where(law > 0, jnp.log(law) + gumbel, -jnp.inf))
 
 
 def first_stop(

@@ -33,8 +33,9 @@ from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.provenance import describe_tokenizer
 from domino_jax.runs.target_model import TargetModel
+from domino_jax.sharding import Layout, activate, check_sizes
 from domino_jax.training.draft_init import check_start, start_from_target
-from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
+from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step, pad_sequences
 
 STAGE = "draft"
 _EVAL_BATCH = 32
@@ -96,7 +97,7 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
         ChatTemplateError: the settings leave the mask token open and the tokenizer has none to offer.
         RunError: the mask token is one that ends or pads texts.
         CheckpointError: the drafter does not fit the target.
-        ConfigError: it cannot start from the target's weights although it is to.
+        ConfigError: it cannot start from the target's weights although it is to, or cannot be split as the mesh asks.
     """
     mask_id = config.draft.mask_token_id
     if mask_id < 0:
@@ -107,6 +108,7 @@ def resolve_draft(config: RunConfig, target: TargetModel) -> DraftConfig:
         )
     draft = config.draft.resolve(target.config, mask_id)
     check_draft_fits(draft, target.config)
+    check_sizes(target.layout, target.config, draft)
     if config.draft.initial_weights == "target":
         check_start(draft, target.config)
     return draft
@@ -169,7 +171,10 @@ class _Training:
     def evaluate(self, state: TrainState, step: int) -> float | None:
         if self.held_out is None:
             return None
-        decoder = Decoder(self.target.config, self.target.params, self.draft, state.params, self.config.target.dtype)
+        target = self.target
+        decoder = Decoder(
+            target.config, target.params, self.draft, state.params, self.config.target.dtype, target.layout
+        )
         values = measure_tau(decoder, self.held_out, _EVAL_BATCH)
         self.monitor.log("held_out", step, values)
         self.tau = values["tau"]
@@ -233,7 +238,7 @@ def train_draft(
 
 
 def build_train_step(
-    config: RunConfig, target: TargetConfig, draft: DraftConfig, num_steps: int
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, num_steps: int, layout: Layout | None = None
 ) -> Callable[..., tuple[TrainState, dict]]:
     """Return the jitted train step of a run of `num_steps` steps, see `training.step.make_train_step`."""
     return make_train_step(
@@ -244,6 +249,7 @@ def build_train_step(
         num_steps,
         config.train.compute_dtype,
         config.target.dtype,
+        layout,
     )
 
 
@@ -256,7 +262,7 @@ def start_state(config: RunConfig, draft: DraftConfig, target: TargetModel) -> T
     key, params = jax.random.key(config.seed), None
     if config.draft.initial_weights == "target":
         params = start_from_target(init_draft_params(draft, key), draft, target.config, target.params)
-    return create_train_state(draft, config.optimizer, key, params)
+    return create_train_state(draft, config.optimizer, key, params, target.layout)
 
 
 def _restore(run: _Training) -> TrainState:
@@ -285,7 +291,8 @@ def _restore(run: _Training) -> TrainState:
 
 def _run_steps(run: _Training, state: TrainState) -> TrainState:
     train = run.config.train
-    train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps)
+    layout = run.target.layout
+    train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps, layout)
     first = int(state.step)
     skips, compiled_widths = _SkipWatch(run), set[int]()
     with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
@@ -294,7 +301,9 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             batch = next(run.batches)
             num_tokens += int(batch.lengths.sum())
             called = time.perf_counter()
-            state, metrics = train_step(state, run.target.params, split_batch(batch, run.config.data.micro_steps))
+            with activate(layout):
+                inputs = split_batch(batch, run.config.data.micro_steps, layout)
+                state, metrics = train_step(state, run.target.params, inputs)
             width = batch.input_ids.shape[1]
             if width not in compiled_widths:  # the call returned when the step was compiled; its work goes on
                 compile_s = time.perf_counter() - called
@@ -324,14 +333,15 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     return state
 
 
-def split_batch(batch: TrainBatch, micro_steps: int) -> StepInputs:
-    """Return the arrays of a batch with a leading axis of micro-steps."""
+def split_batch(batch: TrainBatch, micro_steps: int, layout: Layout | None = None) -> StepInputs:
+    """Return the arrays of a batch with a leading axis of micro-steps, placed and filled up for a layout."""
 
     def split(x: np.ndarray | None) -> np.ndarray | None:
         return None if x is None else x.reshape(micro_steps, -1, *x.shape[1:])
 
     arrays = (batch.input_ids, batch.loss_mask, batch.lengths, batch.features, batch.last_hidden)
-    return StepInputs(*map(split, arrays))
+    inputs = StepInputs(*map(split, arrays))
+    return layout.place(pad_sequences(inputs, layout.num_data)) if layout else inputs
 
 
 class _SkipWatch:

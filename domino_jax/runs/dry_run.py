@@ -41,6 +41,7 @@ from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import check_run, find_target, warn_of_mismatches
+from domino_jax.sharding import activate, find_layout
 from domino_jax.training.step import TrainState, create_train_state
 
 Messages = list[dict[str, str]]
@@ -90,7 +91,9 @@ def rehearse(config: RunConfig) -> None:
     monitor.say(_format("disk", _disk_lines(rehearsal)))
     _show_examples(rehearsal, monitor)
     compiled, compile_s = _compile(rehearsal)
-    monitor.say(_format("memory of the device, in training", _memory_lines(rehearsal, compiled)))
+    layout = rehearsal.target.layout
+    device = f"each of {layout.mesh.size} devices" if layout else "the device"
+    monitor.say(_format(f"memory of {device}, in training", _memory_lines(rehearsal, compiled)))
     monitor.say("decoding of held-out prompts along the run comes on top, between steps")
     monitor.say(f"\ntrain step compiled in {compile_s:.1f} s")
     monitor.say(_execute(rehearsal, compiled))
@@ -119,12 +122,15 @@ def _prepare(config: RunConfig, folder: RunFolder, monitor: RunMonitor) -> _Rehe
         target_config = read_target_config(path)[0]
         target = TargetModel(path, target_config, _target_shapes(config, target_config), load_tokenizer(path))
         monitor.say(f"target: {path}")
+    layout = find_layout(config.mesh)
+    target = replace(target, layout=layout, params=layout.abstract(target.params) if layout else target.params)
     draft = resolve_draft(config, target)
     if config.corpus and chats:
         batch, examples, num_steps, num_tokens = _imagine_data(config, config.corpus, target, chats, monitor)
     else:
         batch, examples, num_steps, num_tokens = _read_data(config, folder, target, monitor)
     state = jax.eval_shape(partial(create_train_state, draft, config.optimizer), jax.random.key(config.seed))
+    state = layout.abstract(state) if layout else state
     return _Rehearsal(config, folder, target, draft, state, batch, examples, num_steps, num_tokens, is_random)
 
 
@@ -231,6 +237,15 @@ def _num_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def _device_bytes(tree: Any) -> int:
+    """Return what each device holds of a tree of shapes."""
+    parts = [
+        (leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
+
+
 def _parameter_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
     params = rehearsal.state.params
     lines = [("target (frozen)", f"{_count(rehearsal.target.params):,}")]
@@ -270,15 +285,17 @@ def _feature_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
 
 def _memory_lines(rehearsal: _Rehearsal, compiled: Any) -> list[tuple[str, str]]:
     config, target, draft = rehearsal.config, rehearsal.target.config, rehearsal.draft
-    micro_batch = config.data.batch_size // config.data.micro_steps
+    layout = rehearsal.target.layout
+    num_data, num_model = (layout.num_data, layout.num_model) if layout else (1, 1)
+    micro_batch = -(-config.data.batch_size // config.data.micro_steps // num_data)
     features = micro_batch * config.data.max_length * len(draft.target_layer_ids) * target.hidden_size
     num_blocks = min(config.objective.head_chunk, micro_batch * config.objective.num_anchors)
-    drafter = _num_bytes(rehearsal.state.params)
-    logits = num_blocks * draft.num_draft_tokens() * target.vocab_size * 4
+    drafter = _device_bytes(rehearsal.state.params)
+    logits = num_blocks * draft.num_draft_tokens() * target.vocab_size * 4 // num_model
     lines = [
-        ("target's weights", format_bytes(_num_bytes(rehearsal.target.params))),
+        ("target's weights", format_bytes(_device_bytes(rehearsal.target.params))),
         ("drafter's weights (float32)", format_bytes(drafter)),
-        ("optimizer moments", format_bytes(_num_bytes(rehearsal.state.opt_state))),
+        ("optimizer moments", format_bytes(_device_bytes(rehearsal.state.opt_state))),
         ("gradients", format_bytes(drafter)),
         ("target features of a micro-step", format_bytes(features * jnp.dtype(config.target.dtype).itemsize)),
         ("logits of a chunk of blocks, base or corrected", format_bytes(logits)),
@@ -336,10 +353,12 @@ def _show_examples(rehearsal: _Rehearsal, monitor: RunMonitor) -> None:
 
 
 def _compile(rehearsal: _Rehearsal) -> tuple[Any, float]:
-    train_step = build_train_step(rehearsal.config, rehearsal.target.config, rehearsal.draft, rehearsal.num_steps)
-    inputs = split_batch(rehearsal.batch, rehearsal.config.data.micro_steps)
+    config, target = rehearsal.config, rehearsal.target
+    train_step = build_train_step(config, target.config, rehearsal.draft, rehearsal.num_steps, target.layout)
+    inputs = split_batch(rehearsal.batch, config.data.micro_steps, target.layout)
     began = time.perf_counter()
-    compiled = train_step.lower(rehearsal.state, rehearsal.target.params, inputs).compile()
+    with activate(target.layout):
+        compiled = train_step.lower(rehearsal.state, target.params, inputs).compile()
     return compiled, time.perf_counter() - began
 
 
@@ -351,9 +370,9 @@ def _execute(rehearsal: _Rehearsal, compiled: Any) -> str:
         params = jax.tree.map(lambda leaf: leaf.astype(config.target.dtype), params)
     else:
         params = load_target(target.path, config.target.dtype)[1]
-    target = replace(target, params=params)
+    target = replace(target, params=target.layout.place(params) if target.layout else params)
     state = start_state(config, rehearsal.draft, target)
-    inputs = split_batch(rehearsal.batch, config.data.micro_steps)
+    inputs = split_batch(rehearsal.batch, config.data.micro_steps, target.layout)
     began = time.perf_counter()
     _, metrics = jax.block_until_ready(compiled(state, target.params, inputs))
     step_s = time.perf_counter() - began

@@ -39,6 +39,7 @@ from domino_jax.run_config import DataConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.target_model import TargetModel
+from domino_jax.sharding import activate
 from domino_jax.training.feature_step import make_feature_step
 
 _SHORTEST_WIDTH = 32
@@ -279,7 +280,7 @@ class _FeatureForward:
         self, config: RunConfig, draft: DraftConfig, target: TargetModel, cache: FeatureCache, chats: ChatSource
     ) -> None:
         self.cache = cache
-        self._chats, self._params = chats, target.params
+        self._chats, self._params, self._layout = chats, target.params, target.layout
         self._rows_per_forward, self._max_length = (
             config.data.batch_size // config.data.micro_steps,
             config.data.max_length,
@@ -330,7 +331,9 @@ class _FeatureForward:
     def _add_features(self, rows: list[ChatRow], chosen: Sequence[int], width: int, count: int) -> None:
         input_ids = np.zeros((count, width), np.int32)  # always the same shape: one compilation a width
         input_ids[: len(chosen)] = pad_batch([rows[place] for place in chosen], width).input_ids
-        features, last_hidden = self._step(self._params, input_ids)
+        rows = self._layout.place({"tokens": input_ids})["tokens"] if self._layout else input_ids
+        with activate(self._layout):
+            features, last_hidden = self._step(self._params, rows)
         features, last_hidden = np.asarray(features), None if last_hidden is None else np.asarray(last_hidden)
         for number, place in enumerate(chosen):
             length = len(rows[place].ids)

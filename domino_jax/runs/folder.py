@@ -15,8 +15,8 @@ from domino_jax.config import to_json_dict
 from domino_jax.durable import flush_tree, hold_lock, move, remove, write_atomically
 from domino_jax.run_config import RunConfig
 
-_FREE_PARTS = ("name", "output_dir")
-"""Where the run lies; no result depends on it, and a run whose folder was moved goes on."""
+_FREE_PARTS = ("name", "output_dir", "mesh")
+"""Where the run lies and on which devices; no result depends on it, and a run that was moved goes on."""
 _FEATURE_SETTINGS = ("feature_cache", "feature_dtype", "damaged_shards")
 """Settings of `data` that only the drafter's training depends on."""
 

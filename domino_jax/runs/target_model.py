@@ -6,6 +6,7 @@ from transformers import PreTrainedTokenizerBase
 
 from domino_jax.config import TargetConfig
 from domino_jax.shapes import Params
+from domino_jax.sharding import Layout
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,11 @@ class TargetModel:
 
     Attributes:
         path: directory or hub id it was loaded from.
+        layout: how `params` and whatever is computed with them lie on several devices; None: on one.
     """
 
     path: str
     config: TargetConfig
     params: Params
     tokenizer: PreTrainedTokenizerBase
+    layout: Layout | None = None

@@ -28,6 +28,7 @@ from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.wandb_log import WandbLog, load_wandb
+from domino_jax.sharding import check_sizes, find_layout
 from domino_jax.training.draft_init import check_start
 
 
@@ -104,8 +105,16 @@ def check_run(config: RunConfig) -> None:
     Raises:
         RunError: a file of chats or a package is missing, or held-out answers leave no room for a prompt.
         FeatureCacheError: features are to be kept and this platform has no ArrayRecord.
-        ConfigError: drafter or sequences do not fit the target that the run builds.
+        ConfigError: the mesh does not fit the devices, or mesh, drafter or sequences the target that the run builds.
     """
+    layout = find_layout(config.mesh)
+    per_step = config.data.batch_size // config.data.micro_steps
+    require(
+        layout is None or per_step >= layout.num_data,
+        f"data.batch_size {config.data.batch_size} by data.micro_steps {config.data.micro_steps} is {per_step} rows "
+        f"at a time for {layout.num_data if layout else 1} groups of devices (mesh.data), some of which would have "
+        "nothing to do; lower data.micro_steps, or give mesh.model more of the devices",
+    )
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():
             raise RunError(f"{name} is {path!r}, which is no file; give a JSONL of chats")
@@ -126,6 +135,7 @@ def check_run(config: RunConfig) -> None:
             )
         target = embedded_target_config(config.corpus, config.corpus.vocab_size)
         draft = config.draft.resolve(target, SPECIAL_TOKENS.index(MASK))
+        check_sizes(layout, target, draft)
         if config.draft.initial_weights == "target":
             check_start(draft, target)
 
@@ -134,13 +144,15 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     """Load the target the run trains for, with its tokenizer.
 
     Raises:
-        ConfigError: the run's sequences are longer than the target's context.
+        ConfigError: the run's sequences are longer than the target's context, or mesh and target do not fit.
         CheckpointError: the checkpoint cannot be used.
         ChatTemplateError: the tokenizer cannot be used.
     """
     path = find_target(config, folder)
+    layout = find_layout(config.mesh)
+    check_sizes(layout, read_target_config(path)[0])
     target_config, params = load_target(path, config.target.dtype)
-    return TargetModel(path, target_config, params, load_tokenizer(path))
+    return TargetModel(path, target_config, layout.place(params) if layout else params, load_tokenizer(path), layout)
 
 
 def find_target(config: RunConfig, folder: RunFolder) -> str:
@@ -188,7 +200,7 @@ def _answer_prompts(
         writer = describe_directory(folder.target, target.tokenizer)
         made_from = describe_job(writer, folder.train_chats, prompts, settings, config.target.dtype)
         write_text(settings_path(folder.responses), json.dumps(made_from, indent=2) + "\n")
-    decoder = Decoder(target.config, target.params, dtype=config.target.dtype)
+    decoder = Decoder(target.config, target.params, dtype=config.target.dtype, layout=target.layout)
     stop_ids = find_stop_ids(target.tokenizer, target.path)
     counts = regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
     monitor.say(f"responses: {counts.summary()}")

@@ -21,10 +21,11 @@ from jax.typing import DTypeLike
 from domino_jax.config import DraftConfig
 from domino_jax.models.domino_head import DominoHead
 from domino_jax.models.draft_backbone import DraftBackbone
-from domino_jax.models.qwen3 import project_to_vocabulary
-from domino_jax.ops.ranking import first_argmax
+from domino_jax.models.qwen3 import embed_tokens, project_to_vocabulary
+from domino_jax.ops.vocabulary import choose
 from domino_jax.run_config import ObjectiveConfig
 from domino_jax.shapes import Array, Bool, Float, Int, Params
+from domino_jax.sharding import on_own_rows
 from domino_jax.training.anchors import Blocks, build_blocks, gather_rows
 from domino_jax.training.objectives import accepted_support, dpace_weights, match_distance
 
@@ -145,7 +146,7 @@ def draft_logits(
     if not draft_config.has_head or first == num_drafted:
         return base, base
     module, variables = DominoHead(draft_config, hidden.dtype), {"params": draft_params["head"]}
-    inputs = jax.lax.stop_gradient(embedding[teacher_ids[:, :num_drafted]])
+    inputs = jax.lax.stop_gradient(embed_tokens(embedding, teacher_ids[:, :num_drafted], embedding.dtype))
     states = module.apply(variables, inputs, method="teacher_states")
     residual = module.apply(variables, hidden[:, first:], states[:, first:], method="correct")
     return jnp.concatenate([base[:, :first], base[:, first:] + residual], axis=1), base
@@ -154,7 +155,7 @@ def draft_logits(
 def _cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     """Return the cross-entropy of every slot, and 1.0 where its most likely token is the label."""
     label_logits = jnp.take_along_axis(logits, labels[..., None], axis=-1)[..., 0]
-    is_right = (first_argmax(logits) == labels).astype(jnp.float32)
+    is_right = (choose(logits) == labels).astype(jnp.float32)
     return jax.nn.logsumexp(logits, axis=-1) - label_logits, is_right
 
 
@@ -244,26 +245,35 @@ def sum_in_chunks(
     blocks: Blocks,
     target_hidden: Float[Array, "B A slots D"] | None = None,
 ) -> LossSums:
-    """Return `sum_block_losses` of all blocks, `head_chunk` blocks at a time, rematerialised in the backward pass."""
-    num_blocks = hidden.shape[0] * hidden.shape[1]
-    chunk = min(objective.head_chunk, num_blocks)
-    num_chunks = -(-num_blocks // chunk)
+    """Return `sum_block_losses` of all blocks, `head_chunk` blocks at a time, rematerialised in the backward pass.
 
-    def split(x: Array) -> Array:
-        flat = x.reshape(num_blocks, *x.shape[2:])
-        padded = jnp.pad(flat, ((0, num_chunks * chunk - num_blocks),) + ((0, 0),) * (flat.ndim - 1))
-        return padded.reshape(num_chunks, chunk, *flat.shape[1:])
+    Where devices share the sequences each has `head_chunk` of its own blocks in a chunk.
+    """
+    whole = {"head": draft_params.get("head"), "embed_tokens": embedding, "lm_head": head}
 
-    @jax.checkpoint
-    def sum_chunk(params: Params, *inputs: Any) -> LossSums:
-        return sum_block_losses(draft_config, objective, params, embedding, head, *inputs)
+    def sum_own(whole: Params, rows: tuple) -> list[Array]:
+        num_blocks = rows[0].shape[0] * rows[0].shape[1]
+        chunk = min(objective.head_chunk, num_blocks)
+        num_chunks = -(-num_blocks // chunk)
 
-    def add_chunk(total: LossSums, inputs: tuple) -> tuple[LossSums, None]:
-        return add_sums(total, sum_chunk(draft_params, *inputs)), None
+        def split(x: Array) -> Array:
+            flat = x.reshape(num_blocks, *x.shape[2:])
+            padded = jnp.pad(flat, ((0, num_chunks * chunk - num_blocks),) + ((0, 0),) * (flat.ndim - 1))
+            return padded.reshape(num_chunks, chunk, *flat.shape[1:])
 
-    chunks = jax.tree.map(split, (hidden, blocks, target_hidden))
-    total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), chunks)
-    return total
+        @jax.checkpoint
+        def sum_chunk(params: Params, *inputs: Any) -> LossSums:
+            embedding, head = whole["embed_tokens"], whole["lm_head"]
+            return sum_block_losses(draft_config, objective, params, embedding, head, *inputs)
+
+        def add_chunk(total: LossSums, inputs: tuple) -> tuple[LossSums, None]:
+            return add_sums(total, sum_chunk({"head": whole["head"]}, *inputs)), None
+
+        total, _ = jax.lax.scan(add_chunk, zero_sums(draft_config), jax.tree.map(split, rows))
+        return [x[None] for x in jax.tree.leaves(total)]
+
+    sums = on_own_rows(sum_own, whole, (hidden, blocks, target_hidden))
+    return LossSums(*(jnp.sum(x, axis=0) for x in sums))
 
 
 def block_losses(
@@ -303,6 +313,11 @@ def block_losses(
     backbone, variables = DraftBackbone(draft_config, jnp.dtype(compute_dtype)), {"params": draft_params["backbone"]}
     context = backbone.apply(variables, features, method="project_context")
     hidden = backbone.apply(
-        variables, context, embedding[blocks.token_ids], anchor_pos, objective.attention_chunk, method="train"
+        variables,
+        context,
+        embed_tokens(embedding, blocks.token_ids, embedding.dtype),
+        anchor_pos,
+        objective.attention_chunk,
+        method="train",
     )
     return sum_in_chunks(draft_config, objective, draft_params, embedding, head, hidden, blocks, target_hidden)

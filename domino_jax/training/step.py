@@ -9,11 +9,13 @@ Source: Domino, arXiv 2605.29707; AdamW, arXiv 1711.05101; Muon, arXiv 2502.1698
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from domino_jax.config import DraftConfig, TargetConfig
@@ -22,6 +24,7 @@ from domino_jax.models.qwen3 import Qwen3, head_weight
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.shapes import Array, Params
+from domino_jax.sharding import Layout
 from domino_jax.training.anchors import choose_anchors
 from domino_jax.training.loss import (
     LossSums,
@@ -65,6 +68,7 @@ class StepInputs:
         input_ids, loss_mask, lengths: as in `records.TrainBatch`.
         features: captured streams of the target; None: the step runs the target itself.
         last_hidden: the target's final-normed states, beside `features` where the objective matches distributions.
+        numbers: int32, each sequence's number in the batch, which its anchors depend on; None: in order.
     """
 
     # Leaves are open: host arrays come in, tracers and shapes pass through.
@@ -73,6 +77,22 @@ class StepInputs:
     lengths: Any
     features: Any = None
     last_hidden: Any = None
+    numbers: Any = None
+
+
+def pad_sequences(inputs: StepInputs, multiple: int) -> StepInputs:
+    """Return host inputs whose every micro-step holds a multiple of `multiple` sequences.
+
+    What is added is empty and weighs nothing; the others keep their anchors.
+    """
+    num_micro, num_sequences = inputs.lengths.shape
+    num_added = -num_sequences % multiple
+    if num_added == 0:
+        return inputs
+    numbers = np.arange(num_micro * num_sequences, dtype=np.int32).reshape(num_micro, num_sequences)
+    return jax.tree.map(
+        lambda x: np.pad(x, ((0, 0), (0, num_added)) + ((0, 0),) * (x.ndim - 2)), inputs.replace(numbers=numbers)
+    )
 
 
 def build_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -111,29 +131,42 @@ def _choose_muon_weights(params: Params) -> Params:
 
 
 def create_train_state(
-    draft_config: DraftConfig, optimizer: OptimizerConfig, key: Array, params: Params | None = None
+    draft_config: DraftConfig,
+    optimizer: OptimizerConfig,
+    key: Array,
+    params: Params | None = None,
+    layout: Layout | None = None,
 ) -> TrainState:
     """Return the state before the first step; `params` continues from a drafter instead of a fresh one.
 
-    `key` is a typed key (`jax.random.key`). The state owns copies: `params` may be used afterwards.
+    `key` is a typed key (`jax.random.key`). The state owns copies: `params` may be used afterwards. With a layout every
+    array is made where it will live.
     """
     init_key, anchor_key = jax.random.split(key)
+    transform = build_optimizer(optimizer)
     if params is None:
-        params = jax.jit(init_draft_params, static_argnums=0)(draft_config, init_key)
+        init = partial(init_draft_params, draft_config)
+        params = jax.jit(init, out_shardings=_out_shardings(layout, init, init_key))(init_key)
+    elif layout:
+        params = layout.place(params)
     params = jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=jax.jit(build_optimizer(optimizer).init)(params),
+        opt_state=jax.jit(transform.init, out_shardings=_out_shardings(layout, transform.init, params))(params),
         key_data=jax.random.key_data(anchor_key),
         num_skipped=jnp.zeros((), jnp.int32),
         skipped_in_row=jnp.zeros((), jnp.int32),
     )
+    return layout.place(state) if layout else state
 
 
-def _draw_anchors(key: Array, first_sequence: Array, loss_mask: Array, num_anchors: int) -> tuple[Array, Array]:
+def _out_shardings(layout: Layout | None, function: Callable[..., Any], *arguments: Any) -> Any:
+    return None if layout is None else layout.shardings(jax.eval_shape(function, *arguments))
+
+
+def _draw_anchors(key: Array, numbers: Array, loss_mask: Array, num_anchors: int) -> tuple[Array, Array]:
     """Draw the anchors of some sequences of a batch; a sequence's key depends on its number in the batch alone."""
-    numbers = first_sequence + jnp.arange(loss_mask.shape[0])
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, numbers)
     return jax.vmap(choose_anchors, (0, 0, None))(keys, loss_mask, num_anchors)
 
@@ -148,12 +181,10 @@ def _make_micro_loss(
     """Return the sums of one micro-step as a function of the drafter's parameters and the batch."""
     target = Qwen3(target_config, draft_config.target_layer_ids, jnp.dtype(target_dtype))
 
-    def micro_loss(
-        params: Params, target_params: Params, key: Array, first_sequence: Array, inputs: StepInputs
-    ) -> LossSums:
+    def micro_loss(params: Params, target_params: Params, key: Array, numbers: Array, inputs: StepInputs) -> LossSums:
         is_token = jnp.arange(inputs.input_ids.shape[1]) < inputs.lengths[:, None]
         loss_mask = jnp.where(is_token, inputs.loss_mask, 0.0)
-        anchor_pos, keep_mask = _draw_anchors(key, first_sequence, loss_mask, objective.num_anchors)
+        anchor_pos, keep_mask = _draw_anchors(key, numbers, loss_mask, objective.num_anchors)
         features, last_hidden = inputs.features, inputs.last_hidden
         if features is None:
             output = target.apply({"params": target_params}, inputs.input_ids)
@@ -198,6 +229,7 @@ def make_train_step(
     num_steps: int,
     compute_dtype: str = "float32",
     target_dtype: str = "float32",
+    layout: Layout | None = None,
 ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """Return the jitted `train_step(state, target_params, inputs: StepInputs) -> (state, metrics)`.
 
@@ -205,6 +237,9 @@ def make_train_step(
     both schedules span. The state is donated: the one passed in is gone. Of `target_params` only the embedding and the
     output head are read where the inputs hold features. A batch without an anchor changes nothing but the step count,
     one whose loss or gradient is not finite the count of skipped updates too.
+
+    With a layout it is called, or lowered, where `sharding.activate(layout)` holds, on trees that `layout.place` (or
+    `abstract`) returned; the state keeps its place.
 
     The metrics are those of `compute_metrics`, and `base_weight`, `learning_rate`, `grad_norm` (before clipping),
     `loss_weight` (the global sum of weights), `num_blocks` (blocks with a scored slot), `num_skipped` and
@@ -220,19 +255,27 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         base_weight = base_weights(state.step)
 
-        def part_sums(params: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
-            sums = micro_loss(params, target_params, key, *arguments)
+        def part_sums(params: Params, frozen: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
+            sums = micro_loss(params, frozen, key, *arguments)
             return [numerator for numerator, _ in mix_losses(objective, sums, base_weight)], sums
 
         def accumulate(carry: tuple[list[Params], LossSums], arguments: tuple) -> tuple[tuple, None]:
-            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, *arguments), state.params, has_aux=True)
+            params, frozen = state.params, target_params
+            if layout and layout.fsdp:
+                # Tied to the micro-step: the compiler would gather all parameters before the loop, and keep them.
+                params, frozen, arguments = jax.lax.optimization_barrier((params, frozen, arguments))
+            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, frozen, *arguments), params, has_aux=True)
             grads = [pull_back([jnp.float32(i == j) for j in range(len(parts))])[0] for i in range(len(parts))]
+            grads = [layout.constrain(part) for part in grads] if layout else grads
             return (jax.tree.map(jnp.add, carry[0], grads), add_sums(carry[1], sums)), None
 
         num_parts = len(mix_losses(objective, zero_sums(draft_config), 0.0))
         num_micro, num_sequences = inputs.lengths.shape
+        numbers = inputs.numbers
+        if numbers is None:
+            numbers = jnp.arange(num_micro * num_sequences).reshape(num_micro, num_sequences)
         start = ([jax.tree.map(jnp.zeros_like, state.params)] * num_parts, zero_sums(draft_config))
-        (part_grads, sums), _ = jax.lax.scan(accumulate, start, (jnp.arange(num_micro) * num_sequences, inputs))
+        (part_grads, sums), _ = jax.lax.scan(accumulate, start, (numbers, inputs.replace(numbers=None)))
         scales = [divide_or_zero(jnp.ones(()), den) for _, den in mix_losses(objective, sums, base_weight)]
         grads = jax.tree.map(lambda *leaves: sum(s * g for s, g in zip(scales, leaves, strict=True)), *part_grads)
         metrics = compute_metrics(objective, sums, base_weight)
@@ -258,6 +301,6 @@ def make_train_step(
             num_skipped=num_skipped,
             skipped_in_row=skipped_in_row,
         )
-        return state, metrics
+        return layout.constrain(state) if layout else state, metrics
 
     return jax.jit(train_step, donate_argnums=0)

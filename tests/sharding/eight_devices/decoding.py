@@ -1,0 +1,55 @@
+"""Decoded tokens and acceptance lengths on a mesh are those of one device; run by `test_eight_devices.py`."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from domino_jax.config import SamplingConfig
+from tests.sharding.small_pair import MESHES, NUM_NEW, PROMPTS, choose_quick, make_decoder, make_layout
+
+SAMPLED = [SamplingConfig(temperature=t, seed=s) for s, t in enumerate((0.0, 0.9, 1.2, 0.7, 0.0))]
+FILTERED = [SamplingConfig(), *(SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=s) for s in range(1, 5))]
+WAYS = {
+    "greedy": {},
+    "seed-exact": {"sampling": SAMPLED},
+    "filters": {"sampling": FILTERED},
+    "rejection": {"sampling": SAMPLED, "rule": "rejection"},
+    "plain": {"block_size": 1, "sampling": SAMPLED},
+    # The last batch has one prompt; the rows beside it are padding.
+    "uneven batches": {"batch_size": 4},
+    "no head": {"use_head": False},
+}
+
+
+def decode(layout, way):
+    generations = make_decoder(layout).generate(PROMPTS, NUM_NEW, **WAYS[way])
+    return [(g.output_ids, g.token_sources, g.stats.acceptance_lengths) for g in generations]
+
+
+@functools.cache
+def decode_on_one(way):
+    return decode(None, way)
+
+
+def test_the_drafter_is_sometimes_right():
+    """Without accepted blocks equal acceptance lengths would say little."""
+    for way in ("greedy", "rejection"):
+        assert np.mean([np.mean(lengths) for _, _, lengths in decode_on_one(way)]) > 1.3, way
+
+
+@pytest.mark.parametrize("mesh", choose_quick((1, 8, False), (4, 2, False)))
+def test_greedy_tokens_and_acceptance_are_those_of_one_device(mesh):
+    assert decode(make_layout(*mesh), "greedy") == decode_on_one("greedy")
+
+
+@pytest.mark.parametrize("mesh", choose_quick((4, 2, False)))
+def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
+    assert decode(make_layout(*mesh), "rejection") == decode_on_one("rejection")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "rejection")])
+def test_every_way_of_decoding_is_that_of_one_device(mesh, way):
+    assert decode(make_layout(*mesh), way) == decode_on_one(way)
