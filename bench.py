@@ -14,7 +14,6 @@ says where the time of a round goes instead, and writes a figure beside the rows
 import argparse
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder, DecodingError
-from domino_jax.evaluation import anatomy, benchmark
-from domino_jax.evaluation.anatomy_page import draw_anatomy, format_anatomy
+from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
+from domino_jax.runs import round_profile
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
 
 
-def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """Return the options of a command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(
         prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,7 +39,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--target", required=True, help="Hugging Face directory or hub id of the target")
     add("--draft", help="the same of the drafter; without it plain decoding is measured")
-    add("--prompts", help=f"JSONL file, or one of {', '.join(PROMPT_SETS)}")
+    add("--prompts", required=True, help=f"JSONL file, or one of {', '.join(PROMPT_SETS)}")
     add("--output", type=Path, help="rows as JSONL")
     add("--max-new-tokens", type=_positive, default=256)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -53,33 +52,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=_positive, default=1, help="prompts decoded together")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--no-head", action="store_true", help="draft from the base logits alone")
-    add(
-        "--num-candidates",
-        type=int,
-        help="tokens a slot the head corrects, 0: all; by the vocabulary's size if left out",
-    )
+    add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
     add("--limit", type=_positive, help="only the first prompts")
     add("--repeats", type=_positive, default=1, help="timed runs of each loop; the median counts")
     add("--stop-ids", help="token ids with commas between, empty for none; the model's own by default")
     add("--enable-thinking", action="store_true", help="passed to the chat template")
-    add("--profile", action="store_true", help="time the phases of a round instead of decoding prompts")
-    add(
-        "--contexts",
-        type=_positive,
-        nargs="+",
-        help="with --profile: tokens before the round; 128 and 1024 if left out",
-    )
-    add("--batches", type=_positive, nargs="+", help="with --profile: rows of a round (1)")
-    args = parser.parse_args(arguments)
-    if args.profile and not args.draft:
-        parser.error("--profile needs a --draft: without one there are no rounds")
-    if args.profile and args.prompts:
-        parser.error("--profile decodes no prompts; leave --prompts out")
-    if not args.profile and not args.prompts:
-        parser.error("--prompts is missing: a JSONL file, or the name of a set")
-    if not args.profile and (args.contexts or args.batches):
-        parser.error("--contexts and --batches belong to --profile")
-    return args
+    add("--profile", action="store_true", help="time the phases of a round instead; see --profile --help")
+    return parser.parse_args(arguments)
 
 
 def _positive(text: str) -> int:
@@ -153,38 +132,14 @@ def _run(args: argparse.Namespace) -> None:
         print(f"rows: {args.output}")
 
 
-def _profile(args: argparse.Namespace) -> None:
-    if args.output:
-        benchmark.check_output(args.output)
-    target_config, target_params = load_target(args.target, args.dtype)
-    draft = load_draft(args.draft, args.dtype)
-    check_draft_fits(draft.config, target_config)
-    draft.config.num_draft_tokens(args.block_size)
-    decoder = Decoder(
-        target_config, target_params, draft.config, draft.params, args.dtype, num_candidates=args.num_candidates
-    )
-    settings = replace(
-        decoder.settings, block_size=args.block_size or draft.config.block_size, use_head=not args.no_head
-    )
-    rates = anatomy.measure_rates(args.dtype)
-    rows = [
-        cost.to_row(rates, settings)
-        for context in args.contexts or (128, 1024)
-        for batch in args.batches or (1,)
-        for cost in anatomy.measure_round(settings, decoder.params, batch, context, max(args.repeats, 5))
-    ]
-    print(format_anatomy(rates, rows))
-    if args.output:
-        benchmark.write_rows(args.output, rows)
-        draw_anatomy(rows, args.output.with_suffix(".png"))
-        print(f"rows: {args.output}; figure: {args.output.with_suffix('.png')}")
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark of a command line; return 0, or 2 with one sentence where it cannot be run."""
-    args = parse_arguments(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        (_profile if args.profile else _run)(args)
+        if "--profile" in arguments:
+            round_profile.run(arguments)
+        else:
+            _run(parse_arguments(arguments))
     except _REFUSALS as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 2
