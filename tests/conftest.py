@@ -13,6 +13,18 @@ os.environ.setdefault("MPLBACKEND", "agg")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_configure(config):
+    """Keep compiled programs in pytest's cache, for workers, for the processes that tests start and for the next run.
+
+    Tests mostly wait for XLA, which compiles the same small programs again in every process. A program is found by
+    its code, its compiler's version and options, so one that has changed is compiled; `--cache-clear` deletes all.
+    """
+    if config.pluginmanager.hasplugin("cacheprovider"):
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """Root of the repository."""

@@ -97,7 +97,7 @@ def _seed_previous(
         layer["v_proj"] = layer["v_proj"].at[:, kv_columns].set(read)
         outputs = outputs.at[columns].set(PREVIOUS_GAIN * scale * write.T)
     layer["o_proj"] = outputs
-    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), PREVIOUS_SHARPNESS) for _ in range(2))
+    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), PREVIOUS_SHARPNESS, jnp.float32) for _ in range(2))
     return layer
 
 
@@ -121,5 +121,5 @@ def _seed_match(
         layer["v_proj"] = layer["v_proj"].at[:, columns].set(values[:, columns])
         outputs = outputs.at[rows].set(COPY_GAIN * scale * values[:, columns].T)
     layer["o_proj"] = outputs
-    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), MATCH_SHARPNESS) for _ in range(2))
+    layer["q_norm"], layer["k_norm"] = (jnp.full((head,), MATCH_SHARPNESS, jnp.float32) for _ in range(2))
     return layer

@@ -1,16 +1,26 @@
 """The embedded corpus: answers follow from prompts, the split is by module, everything follows from the seed."""
 
 import ast
+import functools
 import json
 
 import pytest
 
+from domino_jax.data import stdlib_chats as chats_module
 from domino_jax.data.stdlib_chats import TASKS, build_chats, check_answer, repeats_a_word
 from domino_jax.data.stdlib_source import CorpusError, find_modules, is_held_out
 
 
+@pytest.fixture(scope="module", autouse=True)
+def parsed_once():
+    """Let corpora of this file share what each file of the library offers."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(chats_module, "read_material", functools.cache(chats_module.read_material))
+        yield
+
+
 @pytest.fixture(scope="module")
-def split():
+def split(parsed_once):
     return build_chats("rewrites", seed=3, num_train=600, num_eval=60)
 
 

@@ -151,7 +151,7 @@ def test_settings_are_sent_as_the_servers_take_them(job, serve, monkeypatch):
     job.output.unlink()
     monkeypatch.setenv("THE_KEY", KEY)
     job.run(endpoint, api_key_env="THE_KEY", sampling=SamplingConfig(1.0, 20, 0.9, 0.1))
-    body = endpoint.asked[-1]
+    body = next(body for body in reversed(endpoint.asked) if body["messages"] == [user(f"say {NUM_CHATS - 1}")])
     assert {name: body[name] for name in sampling_fields(SAMPLING)} == {
         "temperature": 1.0, "top_k": 20, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.0, "seed": NUM_CHATS - 1,
     }  # fmt: skip

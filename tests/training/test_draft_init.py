@@ -32,8 +32,8 @@ DRAFT = DraftConfig(
 
 @pytest.fixture(scope="module")
 def pair():
-    target_params = init_target_params(TARGET, jax.random.key(0))
-    return target_params, init_draft_params(DRAFT, jax.random.key(1))
+    target_params = jax.jit(init_target_params, static_argnums=0)(TARGET, jax.random.key(0))
+    return target_params, jax.jit(init_draft_params, static_argnums=0)(DRAFT, jax.random.key(1))
 
 
 def test_the_first_layer_has_the_targets_keys_and_values(pair):

@@ -25,13 +25,13 @@ def pair():
     from domino_jax.models.qwen3 import init_target_params
 
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64}
-    target = TargetConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=4, **sizes)
+    target = TargetConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, **sizes)
     draft = DraftConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         num_hidden_layers=1,
-        num_target_layers=4,
-        target_layer_ids=(1, 3),
+        num_target_layers=2,
+        target_layer_ids=(0, 1),
         block_size=4,
         mask_token_id=VOCAB - 1,
         shift_label=True,
@@ -109,8 +109,8 @@ def test_micro_steps_do_not_change_parts_with_their_own_denominators(pair):
 def test_features_computed_before_give_the_same_step(pair, match):
     from domino_jax.models.qwen3 import Qwen3
 
-    step, create = make_step(pair, match=match)
-    inputs = split_batch(make_batch(0), 2)
+    step, create = default_step(pair) if match == "none" else make_step(pair, match=match)
+    inputs = split_batch(make_batch(0), 4)
     output = Qwen3(pair.target, pair.draft.target_layer_ids).apply(
         {"params": pair.params}, jnp.asarray(inputs.input_ids.reshape(-1, LENGTH))
     )
@@ -224,8 +224,8 @@ def test_the_width_rows_are_padded_to_changes_nothing(pair):
     step, create = default_step(pair)
     ids, loss_mask, lengths = make_batch(0)
     wider = ((0, 0), (0, 21))
-    narrow = step(create(), pair[2], split_batch((ids, loss_mask, lengths), 2))[1]
-    wide = step(create(), pair[2], split_batch((np.pad(ids, wider), np.pad(loss_mask, wider), lengths), 2))[1]
+    narrow = step(create(), pair[2], split_batch((ids, loss_mask, lengths), 4))[1]
+    wide = step(create(), pair[2], split_batch((np.pad(ids, wider), np.pad(loss_mask, wider), lengths), 4))[1]
     for name, value in narrow.items():
         np.testing.assert_allclose(value, wide[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert float(narrow["num_blocks"]) > 0

@@ -25,21 +25,23 @@ def _batch() -> tuple[Array, Array, Array]:
 
 
 def test_padding_never_counts_and_the_prompt_only_by_its_weight():
-    params = init_target_params(CONFIG, jax.random.key(0))
+    params = jax.jit(init_target_params, static_argnums=0)(CONFIG, jax.random.key(0))
+    loss = jax.jit(target_loss, static_argnums=(0, 5))
     input_ids, loss_mask, lengths = _batch()
     changed = input_ids.at[:, 10:].set(7)
-    same = [target_loss(CONFIG, params, ids, loss_mask, lengths, 0.1)[0] for ids in (input_ids, changed)]
+    same = [loss(CONFIG, params, ids, loss_mask, lengths, 0.1)[0] for ids in (input_ids, changed)]
     assert same[0] == same[1]
-    only_answer = target_loss(CONFIG, params, input_ids, loss_mask, lengths, 0.0)[0]
-    everything = target_loss(CONFIG, params, input_ids, loss_mask, lengths, 1.0)[0]
+    only_answer = loss(CONFIG, params, input_ids, loss_mask, lengths, 0.0)[0]
+    everything = loss(CONFIG, params, input_ids, loss_mask, lengths, 1.0)[0]
     share = 4 / (4 + 0.1 * 5)
     only_prompt = (everything * 9 - only_answer * 4) / 5
     np.testing.assert_allclose(same[0], share * only_answer + (1 - share) * only_prompt, rtol=1e-5)
 
 
-def test_steps_learn_and_repeat_exactly():
+def test_steps_learn_and_repeat_exactly_and_compile_once():
+    optimizer, compiled_before = make_target_optimizer(3e-3, 30), target_train_step._cache_size()
+
     def run() -> list[float]:
-        optimizer = make_target_optimizer(3e-3, 30)
         state = create_target_state(CONFIG, optimizer, jax.random.key(0))
         losses = []
         for _ in range(30):
@@ -51,3 +53,4 @@ def test_steps_learn_and_repeat_exactly():
     first = run()
     assert first[-1] < 0.7 * first[0]
     assert first == run()
+    assert target_train_step._cache_size() == compiled_before + 1
