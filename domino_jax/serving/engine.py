@@ -221,11 +221,15 @@ class SlotEngine:
         self._admit()
         self._run_prompts()
         self._deliver_events()  # first tokens do not wait for the rounds of others
-        self._run_rounds()
+        num_before = len(self._sequences)
+        rounds_s = self._run_rounds()
+        num_ended = num_before - len(self._sequences)
         self._deliver_events()
         used = sum(len(s.tokens) for s in self._sequences.values())
         self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
-        self._busy_s += time.perf_counter() - began
+        step_s = time.perf_counter() - began
+        self._busy_s += step_s
+        self.policy.observe_between(step_s - rounds_s, num_ended)
 
     def _deliver_events(self) -> None:
         events, self._events = self._events, []
@@ -301,10 +305,11 @@ class SlotEngine:
 
     # Rounds
 
-    def _run_rounds(self) -> None:
+    def _run_rounds(self) -> float:
+        """Run a call of rounds and read its results; return its seconds on the device."""
         running = [s for s in self._sequences.values() if s.is_running]
         if not running:
-            return
+            return 0.0
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
         size = self._choose_block_size(running, manner)
@@ -314,7 +319,7 @@ class SlotEngine:
         cost = self.programs.costs[self._batch.shape, size, manner]
         # Whoever comes, or wants his prompt run, waits for the end of the call.
         has_prompts = len(running) < len(self._sequences)
-        num_rounds = 1 if has_prompts else max(1, min(self._config.rounds_per_call, int(_CALL_S / cost.seconds)))
+        num_rounds = 1 if has_prompts else self._call_rounds(cost.seconds)
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
@@ -325,6 +330,10 @@ class SlotEngine:
         self.policy.observe(size, accepted)
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
+        return call_s
+
+    def _call_rounds(self, round_s: float) -> int:
+        return max(1, min(self._config.rounds_per_call, int(_CALL_S / round_s)))
 
     def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
         num_drafted = sum(s.request.use_draft for s in running)
@@ -332,7 +341,8 @@ class SlotEngine:
             return self._ladders.block_sizes[0] if num_drafted else 1
         shape = self._batch.shape
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
-        return self.policy.choose(costs, num_drafted, len(running) - num_drafted)
+        call_rounds = {size: self._call_rounds(seconds) for size, seconds in costs.items()}
+        return self.policy.choose(costs, call_rounds, num_drafted, len(running) - num_drafted)
 
     def _choose_drafted(self, running: list[ServedSequence]) -> set[int]:
         """Return the slots to draft for: of the sequences that want it, those whose draft's context is complete."""

@@ -3,6 +3,7 @@ import pytest
 from domino_jax.serving.width_policy import WidthPolicy
 
 NUM_DRAFTS = {12: 12, 6: 6, 1: 0}
+ONE_ROUND = {12: 1, 6: 1, 1: 1}
 
 
 def make_policy(tokens_a_round):
@@ -29,32 +30,32 @@ def test_expected_tokens_follow_the_drafts_that_survive():
     ],
 )
 def test_the_width_with_most_tokens_a_second_is_chosen(costs, tokens, best):
-    assert make_policy(tokens).choose(costs, 4, 0) == best
+    assert make_policy(tokens).choose(costs, ONE_ROUND, 4, 0) == best
 
 
 def test_rows_that_are_not_drafted_for_count_one_token():
     costs = {12: 2.0, 6: 1.5, 1: 1.0}
     policy = make_policy(5)
-    assert policy.choose(costs, 4, 0) == 6
-    assert policy.choose(costs, 1, 20) == 1
-    assert policy.choose(costs, 0, 4) == 1
+    assert policy.choose(costs, ONE_ROUND, 4, 0) == 6
+    assert policy.choose(costs, ONE_ROUND, 1, 20) == 1
+    assert policy.choose(costs, ONE_ROUND, 0, 4) == 1
 
 
 def test_drafting_has_to_promise_more_to_begin_than_to_go_on():
     policy = make_policy(5)
-    assert policy.choose({12: 9.0, 6: 4.55, 1: 1.0}, 1, 0) == 6
-    assert policy.choose({12: 9.0, 6: 4.8, 1: 1.0}, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.55, 1: 1.0}, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.4, 1: 1.0}, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 4.9, 1: 1.0}, ONE_ROUND, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 5.0, 1: 1.0}, ONE_ROUND, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.9, 1: 1.0}, ONE_ROUND, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.7, 1: 1.0}, ONE_ROUND, 1, 0) == 6
 
 
 def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
     policy = make_policy(1)
     costs = {12: 2.0, 6: 1.5, 1: 1.0}
-    assert policy.choose(costs, 1, 0) == 1
+    assert policy.choose(costs, ONE_ROUND, 1, 0) == 1
     for _ in range(3000):
         policy.observe(1, [])
-    assert policy.choose(costs, 1, 0) != 1
+    assert policy.choose(costs, ONE_ROUND, 1, 0) != 1
 
 
 def test_narrow_rounds_teach_nothing_about_later_slots():
@@ -68,12 +69,35 @@ def test_narrow_rounds_teach_nothing_about_later_slots():
 def test_short_sequences_make_rounds_dearer():
     costs = {12: 4.4, 6: 4.0, 1: 1.0}
     policy = make_policy(5)
-    assert policy.choose(costs, 4, 0) != 1
+    assert policy.choose(costs, ONE_ROUND, 4, 0) != 1
     for _ in range(200):
         policy.observe_end(12)
     assert policy.mean_len == pytest.approx(12, abs=0.1)
     # 12 tokens: 2.4 rounds of 4.0 and one more, against 12 of 1.0 and one more.
-    assert policy.choose(costs, 4, 0) == 1
+    assert policy.choose(costs, ONE_ROUND, 4, 0) == 1
     for _ in range(200):
         policy.observe_end(1000)
-    assert policy.choose(costs, 4, 0) != 1
+    assert policy.choose(costs, ONE_ROUND, 4, 0) != 1
+
+
+def test_a_slot_stands_still_to_the_end_of_a_call():
+    costs = {12: 9.0, 6: 4.0, 1: 1.0}
+    policy = make_policy(5)
+    policy.observe_end(20)
+    # 20 tokens: 4 rounds of 4.0 and one more against 20 of 1.0 and one more; with half of a longer call they lose.
+    assert policy.choose(costs, ONE_ROUND, 4, 0) == 6
+    assert policy.choose(costs, {12: 5, 6: 5, 1: 1}, 4, 0) == 1
+
+
+def test_time_between_calls_is_not_shortened_by_drafting():
+    costs = {12: 9.0, 6: 4.0, 1: 1.0}
+    policy = make_policy(5)
+    for _ in range(200):
+        policy.observe_end(1000)
+        policy.observe_between(0.5, 0)
+        policy.observe_between(1.5, 2)
+    assert policy.between_s == pytest.approx(1.0, abs=0.01)
+    assert policy.choose(costs, ONE_ROUND, 1, 0) == 6
+    for _ in range(200):
+        policy.observe_between(20_000.0, 1)
+    assert policy.choose(costs, ONE_ROUND, 1, 0) == 1
