@@ -3,12 +3,15 @@
     python serve.py --config configs/tiny.py --max-slots 32 &
     python benchmarks/serving_load.py --prompts runs/tiny/corpus/eval.jsonl --output benchmarks/DATE-serving
 
-For every number of concurrent streams both modes take the same prompts, greedily, one mode after the other in turns, so
-that a noisy machine hits both; the median repeat counts. A mode's clients begin together, and each sends its next
-prompt when its last answer has ended. Texts of both modes are compared. Only loopback addresses are loaded.
+    python serve.py --config configs/tiny.py --max-slots 32 --block-size 6 --port 8001 &
+    python benchmarks/serving_load.py --fixed-url http://127.0.0.1:8001 ...     (a third column: always that block size)
+
+For every number of concurrent streams the modes take the same prompts, greedily, one mode after the other in turns, so
+that a noisy machine hits all; the median repeat counts. A mode's clients begin together, and each sends its next
+prompt when its last answer has ended. Texts of the modes are compared. Only loopback addresses are loaded.
 
 One row a repeat (`rows.jsonl`): `streams`, `mode` (`domino`: the server chooses the block size, `plain`: `use_draft`
-false), `tokens_per_s` (all streams, from the first request to the last answer), `ttft_s` (median time to the first
+false, `fixed`: the server of `--fixed-url`), `tokens_per_s` (all streams, from the first request to the last answer), `ttft_s` (median time to the first
 token), `itl_ms` (median over answers of the mean time between tokens), `tau` (tokens a round, mean over answers that
 were drafted for), `host_share` (part of the engine's busy time outside device calls), `num_tokens`, `num_answers`.
 """
@@ -20,17 +23,19 @@ import json
 import statistics
 import sys
 import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlparse
 
 import httpx
 
-MODES = ("domino", "plain")
+MODES = ("domino", "plain", "fixed")
 
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--fixed-url", help="a server of one block size, loaded in turn with the other")
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"messages": [...]}')
     parser.add_argument("--output", type=Path, required=True, help="folder for rows.jsonl and table.md")
     parser.add_argument("--streams", default="1,2,4,8,16,32")
@@ -39,9 +44,10 @@ def parse_arguments(arguments=None):
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--ignore-eos", action="store_true", help="every answer has max-tokens tokens")
     args = parser.parse_args(arguments)
-    host = urlparse(args.url).hostname or ""
-    if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
-        parser.error(f"{host} is not this machine; the load goes to loopback addresses only")
+    for url in filter(None, (args.url, args.fixed_url)):
+        host = urlparse(url).hostname or ""
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            parser.error(f"{host} is not this machine; the load goes to loopback addresses only")
     return args
 
 
@@ -62,7 +68,7 @@ async def ask(client, messages, mode, args):
         "ignore_eos": args.ignore_eos,
         "stream": True,
         "stream_options": {"include_usage": True},
-        "use_draft": mode == "domino",
+        "use_draft": mode != "plain",
         "return_metrics": True,
     }
     began, first_s, last_s, text, usage, metrics = time.perf_counter(), None, None, [], None, None
@@ -132,19 +138,25 @@ async def measure(args):
     args.output.mkdir(parents=True, exist_ok=True)
     rows, num_different = [], 0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as client:
+    async with AsyncExitStack() as stack:
+        urls = {"domino": args.url, "plain": args.url} | ({"fixed": args.fixed_url} if args.fixed_url else {})
+        clients = {
+            url: await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=600, limits=limits))
+            for url in set(urls.values())
+        }
+        modes = list(urls)
         for streams in map(int, args.streams.split(",")):
             count = max(args.answers, 8 * streams)
             chosen = [prompts[i % len(prompts)] for i in range(count)]
-            for mode in MODES:  # the prefix cache holds the prompts from here on, in both modes alike
-                await run_repeat(client, chosen, mode, streams, args)
+            for mode in modes:  # the prefix cache holds the prompts from here on, in all modes alike
+                await run_repeat(clients[urls[mode]], chosen, mode, streams, args)
             for repeat in range(args.repeats):
                 texts = {}
-                for mode in MODES if repeat % 2 == 0 else MODES[::-1]:
-                    row, texts[mode] = await run_repeat(client, chosen, mode, streams, args)
+                for mode in modes if repeat % 2 == 0 else modes[::-1]:
+                    row, texts[mode] = await run_repeat(clients[urls[mode]], chosen, mode, streams, args)
                     rows.append({"repeat": repeat, **row})
                     print(json.dumps(rows[-1]), flush=True)
-                num_different += sum(a != b for a, b in zip(texts["domino"], texts["plain"], strict=True))
+                num_different += sum(len(set(same)) > 1 for same in zip(*texts.values(), strict=True))
     (args.output / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table = format_table(rows)
     (args.output / "table.md").write_text(table + f"\nanswers whose text differed between the modes: {num_different}\n")
@@ -158,19 +170,17 @@ def format_table(rows):
     lines = [header, "| --- | --- | --- | --- | --- | --- | --- | --- |\n"]
     for streams in sorted({row["streams"] for row in rows}):
         by_mode = {m: [r for r in rows if r["streams"] == streams and r["mode"] == m] for m in MODES}
-        ratios = [
-            a["tokens_per_s"] / b["tokens_per_s"] for a, b in zip(by_mode["domino"], by_mode["plain"], strict=True)
-        ]
-        for mode in MODES:
+        for mode in filter(by_mode.get, MODES):
+            pairs = zip(by_mode[mode], by_mode["plain"], strict=True)
+            ratios = [row["tokens_per_s"] / plain["tokens_per_s"] for row, plain in pairs]
             median = {
                 name: statistics.median(values)
                 if (values := [r[name] for r in by_mode[mode] if r[name] is not None])
                 else 0
                 for name in ("tokens_per_s", "ttft_s", "itl_ms", "tau", "host_share")
             }
-            ratio = (
-                f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})" if mode == "domino" else "1"
-            )
+            spread = f" ({min(ratios):.2f} to {max(ratios):.2f})"
+            ratio = "1" if mode == "plain" else f"{statistics.median(ratios):.2f}{spread}"
             tau = f"{median['tau']:.2f}" if median["tau"] else "-"
             lines.append(
                 f"| {streams} | {mode} | {median['tokens_per_s']:.0f} | {ratio} | {1e3 * median['ttft_s']:.0f} | "
