@@ -44,8 +44,6 @@ SETTINGS = [
     ("sampled", BLOCK),
     pytest.param("greedy", 2, marks=slow),
     pytest.param("sampled", 2, marks=slow),
-    pytest.param("greedy", 3, marks=slow),
-    pytest.param("sampled", 3, marks=slow),
     pytest.param("greedy", 4, marks=slow),
     pytest.param("sampled", 4, marks=slow),
 ]

@@ -44,7 +44,7 @@ class Run:
         while not (found := seen(self)):
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
-            time.sleep(0.0005)
+            time.sleep(0.002)
         return found
 
     def end(self, number):
@@ -69,8 +69,9 @@ def leave_out_report(folder):
 
 @pytest.fixture(scope="module")
 def whole(start_tiny, finish, tmp_path_factory):
-    """An undisturbed run, the folder of programs it compiled, and the seconds that its last save took."""
-    output, cache = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("cache")
+    """An undisturbed run, the folder that its compiled programs are in, and the seconds that its last save took."""
+    output = tmp_path_factory.mktemp("whole")
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or tmp_path_factory.mktemp("cache")
     leave_out_report(output / "tiny")
     finish(start_tiny(output, cache, **SETTINGS))
     folder = output / "tiny"

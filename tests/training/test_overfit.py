@@ -26,8 +26,6 @@ CASES = [
     pytest.param({}, {}, {}, id="published"),
     pytest.param({}, {}, PLAIN, id="plain dflash", marks=SLOW),
     pytest.param({"slot_weights": "dpace", "base_support": "accepted"}, {}, {}, id="dpace and accepted support"),
-    pytest.param({"slot_weights": "dpace"}, {}, {}, id="dpace", marks=SLOW),
-    pytest.param({"base_support": "accepted"}, {}, {}, id="accepted support", marks=SLOW),
     pytest.param({"base_support": "accepted"}, {}, PLAIN, id="accepted support without head", marks=SLOW),
     pytest.param({"match": "kl"}, {}, {}, id="kl", marks=SLOW),
     pytest.param({"match": "tv"}, {}, {}, id="tv", marks=SLOW),

@@ -41,7 +41,7 @@ def test_a_fuzzer_finds_no_fault_and_no_undocumented_answer(serve, tmp_path, key
 @pytest.mark.slow
 def test_a_fuzzer_at_length(serve, tmp_path):
     server = serve(FakeEngine(max_waiting=200))
-    fuzz(server, tmp_path, 400)
+    fuzz(server, tmp_path, 200)
     server.wait_until_idle()
 
 
