@@ -11,9 +11,10 @@ that a noisy machine hits all; the median repeat counts. A mode's clients begin 
 prompt when its last answer has ended. Texts of the modes are compared. Only loopback addresses are loaded.
 
 One row a repeat (`rows.jsonl`): `streams`, `mode` (`domino`: the server chooses the block size, `plain`: `use_draft`
-false, `fixed`: the server of `--fixed-url`), `tokens_per_s` (all streams, from the first request to the last answer), `ttft_s` (median time to the first
-token), `itl_ms` (median over answers of the mean time between tokens), `tau` (tokens a round, mean over answers that
-were drafted for), `host_share` (part of the engine's busy time outside device calls), `num_tokens`, `num_answers`.
+false, `fixed`: the server of `--fixed-url`), `tokens_per_s` (all streams, from the first request to the last answer),
+`ttft_s` (median time to the first token), `itl_ms` (median over answers of the mean time between tokens), `tau` (tokens
+a round, mean over answers that were drafted for), `host_share` (part of the engine's busy time outside device calls),
+`num_tokens`, `num_answers`.
 """
 
 import argparse
