@@ -51,6 +51,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     engine.add_argument(
         "--prefill-tokens", type=int, default=256, help="prompt tokens run between two calls under load"
     )
+    engine.add_argument(
+        "--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by vocabulary"
+    )
     engine.add_argument("--prefix-cache-tokens", type=int, help="0 turns it off; half of the slots' own by default")
     engine.add_argument("--memory-fraction", type=float, default=0.9, help="part of the device's memory to use")
     engine.add_argument("--compilation-cache", default="~/.cache/domino_jax/xla", help="directory, or none")
@@ -103,6 +106,7 @@ def _run(args: argparse.Namespace) -> int:
             rounds_per_call=args.rounds_per_call,
             prefill_tokens_per_call=args.prefill_tokens,
             prefix_cache_tokens=args.prefix_cache_tokens,
+            num_candidates=args.num_candidates,
         ),
         api=ApiSettings(
             model_id="model",

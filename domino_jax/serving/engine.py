@@ -11,11 +11,11 @@ from typing import Any
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.decoding.slots import MAX_TOP_LOGPROBS, CallResult
-from domino_jax.decoding.state import DecodeSettings, ModelParams
+from domino_jax.decoding.state import ModelParams
 from domino_jax.records import FinishReason, Request, TokenEvent
 from domino_jax.serving.compile_listener import listen_for_compiles
 from domino_jax.serving.contract import CallTimes, Deliver, EngineStatus, EngineUnavailableError
-from domino_jax.serving.engine_config import EngineConfig, find_max_model_len, plan_ladders
+from domino_jax.serving.engine_config import EngineConfig, find_max_model_len, find_settings, plan_ladders
 from domino_jax.serving.known_tokens import KnownTokens
 from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, find_manner
 from domino_jax.serving.scheduler import Scheduler
@@ -60,7 +60,7 @@ class SlotEngine:
         self._config = config
         self._ladders = plan_ladders(config, target, draft)
         self._load_params = load_params
-        self.programs = Programs(DecodeSettings(target=target, draft=draft, dtype=dtype), self._ladders)
+        self.programs = Programs(find_settings(config, target, draft, dtype), self._ladders)
         num_drafts = {size: self.programs.num_draft_tokens(size) for size in self._ladders.block_sizes}
         self.policy = WidthPolicy(num_drafts)
         self._num_draft_tokens = num_drafts

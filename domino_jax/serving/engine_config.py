@@ -6,6 +6,7 @@ import jax
 
 from domino_jax.config import ConfigError, DraftConfig, TargetConfig, require
 from domino_jax.decoding.prefill import MAX_PADDING
+from domino_jax.decoding.state import DecodeSettings, default_num_candidates
 from domino_jax.serving.programs import Ladders
 
 _POSITION_STEP = 128
@@ -30,6 +31,7 @@ class EngineConfig:
         prefill_tokens_per_call: prompt tokens run between two calls while others are being served.
         prefix_cache_tokens: positions of the prefix cache; None: half of the slots' own; 0: no cache.
         prefix_block_len: positions of one of its blocks.
+        num_candidates: tokens a slot the head corrects; 0: the whole vocabulary; None: the default for its size.
 
     Raises:
         ConfigError: a value is out of range.
@@ -45,6 +47,7 @@ class EngineConfig:
     prefill_tokens_per_call: int = 256
     prefix_cache_tokens: int | None = None
     prefix_block_len: int = 16
+    num_candidates: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "rounds_per_call", "prefill_tokens_per_call", "prefix_block_len"):
@@ -57,6 +60,10 @@ class EngineConfig:
         require(
             self.max_model_len is None or self.max_model_len >= 2,
             f"max_model_len is {self.max_model_len}; a prompt token and a new one are the least",
+        )
+        require(
+            (self.num_candidates or 0) >= 0,
+            f"num_candidates is {self.num_candidates}; give 0 for the whole vocabulary, or more",
         )
         require(
             (self.prefix_cache_tokens or 0) >= 0,
@@ -74,6 +81,14 @@ def find_max_model_len(config: EngineConfig, target: TargetConfig) -> int:
     if config.max_model_len is not None and config.max_model_len > context:
         raise ConfigError(f"max_model_len is {config.max_model_len}; the model's context holds {context} tokens")
     return config.max_model_len or context
+
+
+def find_settings(config: EngineConfig, target: TargetConfig, draft: DraftConfig | None, dtype: str) -> DecodeSettings:
+    """Return what all programs of an engine have in common."""
+    num_candidates = config.num_candidates
+    if num_candidates is None:
+        num_candidates = default_num_candidates(target.vocab_size)
+    return DecodeSettings(target=target, draft=draft, dtype=dtype, num_candidates=num_candidates)
 
 
 def find_block_sizes(config: EngineConfig, draft: DraftConfig | None) -> tuple[int, ...]:

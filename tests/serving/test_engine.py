@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import gc
 import itertools
@@ -97,6 +98,21 @@ def test_a_request_without_drafts_among_others_has_the_same_text(decoder, driver
         assert set(without.sources) == {"target"}
         assert {event.num_draft_tokens for event in without.events} == {0}
     assert any(max(a.acceptance_lengths, default=1) > 1 for a in answers[::2])
+
+
+def test_candidates_of_the_head_change_drafts_and_no_text(decoder, driver):
+    requests = make_mixed_requests(6, seed=5)
+    limited = copy.copy(decoder)
+    limited.settings = dataclasses.replace(decoder.settings, num_candidates=2)
+    own = EngineDriver(decoder, max_slots=4, batch_sizes=(4,), is_adaptive=False, num_candidates=2).wait_until_ready()
+    try:
+        answers = own.run(requests)
+    finally:
+        own.engine.stop()
+    for request, answer in zip(requests, answers, strict=True):
+        wanted = decode_alone(limited, request)
+        assert answer.output_ids == wanted.output_ids == decode_alone(decoder, request).output_ids
+        assert answer.acceptance_lengths == wanted.stats.acceptance_lengths
 
 
 def test_an_event_is_a_round(driver):
