@@ -331,9 +331,9 @@ class _FeatureForward:
     def _add_features(self, rows: list[ChatRow], chosen: Sequence[int], width: int, count: int) -> None:
         input_ids = np.zeros((count, width), np.int32)  # always the same shape: one compilation a width
         input_ids[: len(chosen)] = pad_batch([rows[place] for place in chosen], width).input_ids
-        rows = self._layout.place({"tokens": input_ids})["tokens"] if self._layout else input_ids
+        placed = self._layout.place({"tokens": input_ids})["tokens"] if self._layout else input_ids
         with activate(self._layout):
-            features, last_hidden = self._step(self._params, rows)
+            features, last_hidden = self._step(self._params, placed)
         features, last_hidden = np.asarray(features), None if last_hidden is None else np.asarray(last_hidden)
         for number, place in enumerate(chosen):
             length = len(rows[place].ids)

@@ -130,7 +130,7 @@ REJECTION_VARIANTS = (
 
 def break_rejection(monkeypatch):
     accept, uniform = speculative.accept_by_ratio, speculative.uniform_noise
-    choose = rollout._choose_drafts
+    weigh = rollout._weigh_drafts
     num = len(REJECTION_VARIANTS)
 
     def only(at, changed, usual):
@@ -151,14 +151,14 @@ def break_rejection(monkeypatch):
     def broken_uniform(seed, positions, purpose):
         return only(4, uniform(seed, positions, "draft"), uniform(seed, positions, purpose))
 
-    def broken_choose(settings, sampling, logits, noise):
-        usual = choose(settings, sampling, logits, noise)
-        hotter = choose(settings, sampling.replace(temperature=2.5 * sampling.temperature), logits, noise)
-        return usual.replace(tokens=only(3, hotter.tokens, usual.tokens))
+    def broken_weigh(settings, sampling, logits, noise):
+        log_weights, usual = weigh(settings, sampling, logits, noise)
+        _, hotter = weigh(settings, sampling.replace(temperature=2.5 * sampling.temperature), logits, noise)
+        return log_weights, only(3, hotter, usual)
 
     monkeypatch.setattr(speculative, "accept_by_ratio", broken_accept)
     monkeypatch.setattr(speculative, "uniform_noise", broken_uniform)
-    monkeypatch.setattr(rollout, "_choose_drafts", broken_choose)
+    monkeypatch.setattr(rollout, "_weigh_drafts", broken_weigh)
 
 
 EXACT_VARIANTS = (
