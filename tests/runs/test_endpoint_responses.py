@@ -592,7 +592,14 @@ def test_killed_at_once_the_command_goes_on_to_the_same_bytes(script, repository
 def test_the_command_stops_in_a_sentence(script, job, serve, capsys):
     endpoint = serve()
     endpoint.delay_s = 0.2
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    def interrupt_once_asked():
+        ends_s = time.monotonic() + 60
+        while not endpoint.asked and time.monotonic() < ends_s:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt_once_asked, daemon=True).start()
     assert explain_or_raise(lambda: script.run(script.parse_arguments(options(job, endpoint)))) == EXIT_STOPPED
     said = capsys.readouterr().err
     assert (
