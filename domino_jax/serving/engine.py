@@ -25,8 +25,6 @@ from domino_jax.serving.width_policy import WidthPolicy
 
 _CALLS_BEFORE_SHRINKING = 8
 """Calls in a row that a smaller batch would have held; moving slots costs about as much as a round."""
-_CALL_S = 0.02
-"""Seconds a device call should take at most, unless a single round takes longer."""
 _NUMERIC_FAULT = (
     "the model's states for this request are not finite (NaN or infinity); its text so far stands, other requests are "
     "not concerned"
@@ -319,7 +317,7 @@ class SlotEngine:
         cost = self.programs.costs[self._batch.shape, size, manner]
         # Whoever comes, or wants his prompt run, waits for the end of the call.
         has_prompts = len(running) < len(self._sequences)
-        num_rounds = 1 if has_prompts else self._call_rounds(cost.seconds)
+        num_rounds = 1 if has_prompts else self.programs.count_call_rounds(cost.seconds)
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
@@ -332,16 +330,13 @@ class SlotEngine:
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
         return call_s
 
-    def _call_rounds(self, round_s: float) -> int:
-        return max(1, min(self._config.rounds_per_call, int(_CALL_S / round_s)))
-
     def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
         num_drafted = sum(s.request.use_draft for s in running)
         if not self._config.is_adaptive:
             return self._ladders.block_sizes[0] if num_drafted else 1
         shape = self._batch.shape
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
-        call_rounds = {size: self._call_rounds(seconds) for size, seconds in costs.items()}
+        call_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
         return self.policy.choose(costs, call_rounds, num_drafted, len(running) - num_drafted)
 
     def _choose_drafted(self, running: list[ServedSequence]) -> set[int]:

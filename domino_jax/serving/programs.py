@@ -30,6 +30,8 @@ from domino_jax.ops.scoring import Scores
 
 MAX_STOP_IDS = 32
 """Stop ids a request may have."""
+CALL_S = 0.02
+"""Seconds a device call should take at most, unless a single round takes longer."""
 _TIMED_ROUNDS = 5
 
 Manner = Literal["greedy", "sampled", "filtered"]
@@ -264,6 +266,7 @@ class Programs:
     def measure(self, is_stopped: Callable[[], bool]) -> None:
         """Time a round of every shape, block size and manner of sampling, all rows running.
 
+        A round is timed in calls of as many rounds as serving makes: what a call costs by itself is shared by them.
         Returns early where `is_stopped`. The block sizes take turns, so that a noisy machine hits all of them; medians
         count.
         """
@@ -271,6 +274,7 @@ class Programs:
         for shape, manner in itertools.product(self.ladders.shapes, _SAMPLING):
             round_s: dict[int, list[float]] = {size: [] for size in sizes}
             draft_s: dict[int, list[float]] = {size: [] for size in sizes}
+            num_rounds = dict.fromkeys(sizes, 1)
             all_rows = np.ones(shape.rows, bool)
             for _ in range(1 + _TIMED_ROUNDS):
                 if is_stopped():
@@ -281,14 +285,20 @@ class Programs:
                     if size > 1:
                         jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
                     drafted_at = time.perf_counter()
-                    state, result = self.run(state, shape, size, ~all_rows, all_rows, 1, False)
+                    state, result = self.run(state, shape, size, ~all_rows, all_rows, num_rounds[size], False)
                     jax.block_until_ready(result)
                     draft_s[size].append(drafted_at - began)
-                    round_s[size].append(time.perf_counter() - drafted_at)
+                    call_s = time.perf_counter() - drafted_at
+                    round_s[size].append(call_s / max(int(np.max(result.num_rounds)), 1))
+                    num_rounds[size] = self.count_call_rounds(round_s[size][-1])
             for size in sizes:
                 seconds = statistics.median(round_s[size][1:])
                 share = min(statistics.median(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
                 self.costs[shape, size, manner] = RoundCost(seconds, share)
+
+    def count_call_rounds(self, round_s: float) -> int:
+        """Return the rounds of a call: as many as fit `CALL_S`, at least one, within the engine's limit."""
+        return max(1, min(self.ladders.max_rounds, int(CALL_S / round_s)))
 
     def _running_slots(self, shape: Shape, sampling: SamplingConfig) -> SlotState:
         """Return slots that all run, with room for the rounds that are timed."""
