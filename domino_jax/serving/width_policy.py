@@ -9,15 +9,15 @@ Standard library only.
 
 from collections.abc import Mapping, Sequence
 
-_SURVIVAL_START = 0.8
+_SURVIVAL_START = 0.88
 """A fresh drafter is taken to keep each further token with this chance: high, so that it gets tried."""
 _RATE = 0.01
 """Weight of one row's round in the running means of survival."""
 _FORGETTING = 0.001
-"""Share of the way back to the start that the means go in a plain round, in which nothing is learned."""
+"""Share of the way back to the start that the means go in a round that is plain by choice, where nothing is learned."""
 _LENGTH_RATE = 0.05
 """Weight of one finished sequence in the running means of lengths and of time between calls."""
-_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.05, 1.01
+_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.02, 1.0
 """Drafting has to promise that much more than plain decoding; to begin means to catch contexts up."""
 
 
@@ -39,6 +39,7 @@ class WidthPolicy:
         self.between_s = 0.0
         self._not_yet_shared_s = 0.0
         self._last = max(self._num_drafts)
+        self._is_plain_by_choice = False
 
     def expected_tokens(self, block_size: int) -> float:
         """Return the tokens a drafted-for row commits in a round, the target's own token counted."""
@@ -52,6 +53,7 @@ class WidthPolicy:
         For every block size `round_s` holds the seconds of a round and `call_rounds` the rounds of a call.
         """
         if num_drafted == 0:
+            self._is_plain_by_choice = False
             return 1
 
         def with_pause(tokens_a_round: float, block_size: int) -> float:
@@ -68,6 +70,7 @@ class WidthPolicy:
         if tokens_per_s(best) < advantage * tokens_per_s(1):
             best = 1
         self._last = best
+        self._is_plain_by_choice = best == 1
         return best
 
     def observe_end(self, num_tokens: int) -> None:
@@ -87,6 +90,8 @@ class WidthPolicy:
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
         """Learn from the drafts that every drafted-for row of a round accepted and kept."""
         num_drafts = self._num_drafts[block_size]
+        if num_drafts == 0 and not self._is_plain_by_choice:
+            return
         if num_drafts == 0:
             self.survival = [s + _FORGETTING * (start - s) for s, start in zip(self.survival, self._start, strict=True)]
             return

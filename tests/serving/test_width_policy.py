@@ -43,10 +43,10 @@ def test_rows_that_are_not_drafted_for_count_one_token():
 
 def test_drafting_has_to_promise_more_to_begin_than_to_go_on():
     policy = make_policy(5)
-    assert policy.choose({12: 9.0, 6: 4.9, 1: 1.0}, ONE_ROUND, 1, 0) == 6
-    assert policy.choose({12: 9.0, 6: 5.0, 1: 1.0}, ONE_ROUND, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.9, 1: 1.0}, ONE_ROUND, 1, 0) == 1
-    assert policy.choose({12: 9.0, 6: 4.7, 1: 1.0}, ONE_ROUND, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 4.97, 1: 1.0}, ONE_ROUND, 1, 0) == 6
+    assert policy.choose({12: 9.0, 6: 5.1, 1: 1.0}, ONE_ROUND, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.97, 1: 1.0}, ONE_ROUND, 1, 0) == 1
+    assert policy.choose({12: 9.0, 6: 4.85, 1: 1.0}, ONE_ROUND, 1, 0) == 6
 
 
 def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
@@ -90,14 +90,25 @@ def test_a_slot_stands_still_to_the_end_of_a_call():
 
 
 def test_time_between_calls_is_not_shortened_by_drafting():
-    costs = {12: 9.0, 6: 4.0, 1: 1.0}
+    poor, good = {12: 9.0, 6: 6.0, 1: 1.0}, {12: 9.0, 6: 4.0, 1: 1.0}
     policy = make_policy(5)
     for _ in range(200):
         policy.observe_end(1000)
         policy.observe_between(0.5, 0)
         policy.observe_between(1.5, 2)
     assert policy.between_s == pytest.approx(1.0, abs=0.01)
-    assert policy.choose(costs, ONE_ROUND, 1, 0) == 6
+    assert policy.choose(poor, ONE_ROUND, 1, 0) == 1
+    assert policy.choose(good, ONE_ROUND, 1, 0) == 6
     for _ in range(200):
         policy.observe_between(20_000.0, 1)
-    assert policy.choose(costs, ONE_ROUND, 1, 0) == 1
+    assert policy.choose(poor, ONE_ROUND, 1, 0) == 1
+    assert policy.choose(good, ONE_ROUND, 1, 0) == 1
+
+
+def test_nothing_is_forgotten_while_nobody_wants_drafts():
+    policy = make_policy(5)
+    before = policy.survival
+    assert policy.choose({12: 2.0, 6: 1.5, 1: 1.0}, ONE_ROUND, 0, 4) == 1
+    for _ in range(3000):
+        policy.observe(1, [])
+    assert policy.survival == before
