@@ -295,7 +295,7 @@ def _advise(
     larger = [c for c in _meshes(config, target, draft, topology) if c[0].num_model > layout.num_model]
     if larger:
         advice.append(f"{_flags(larger[0][0])}: layers, caches and logits are split over more devices")
-    elif not layout.fsdp and layout.num_data > 1:
+    if not layout.fsdp and layout.num_data > 1:
         advice.append("--config.mesh.fsdp=True: weights and moments are split over the groups of devices too")
     if objective.head_chunk > 1:
         advice.append(f"--config.objective.head_chunk={objective.head_chunk // 2}: fewer logits at a time")

@@ -53,6 +53,11 @@ TPU_KINDS = {
 """Source: cloud.google.com/tpu/docs, one page a version, for the rates; for the memory the limit that libtpu's compiler
 names when a program exceeds it."""
 
+_NO_MACHINE = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+}
 _TPU_AXES = {"v5e": 2, "v5p": 3, "v6e": 2}
 
 GPU_KINDS = {
@@ -115,7 +120,9 @@ def find_topology(name: str) -> Topology:
 def _describe_tpu(name: str) -> Sequence[Any]:
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(f'topology {name!r} needs the compiler for TPUs: pip install -e ".[tpu]" (no TPU needed)')
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # nobody is asked what machine this is
+    # libtpu wants to know what machine this is and would ask a server; the topology's name decides all the same.
+    for variable, value in _NO_MACHINE.items():
+        os.environ.setdefault(variable, value)
     # A host has 2 x 2 chips, but for the smallest slices, which are one host.
     is_one_chip = set(name.partition(":")[2].split("x")) == {"1"}
     options = {"chips_per_host_bounds": [1, 1, 1]} if is_one_chip else {}
