@@ -7,7 +7,7 @@ what to change where it does not. Reads a target's `config.json` at most: no wei
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -188,12 +188,10 @@ def compile_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, la
     Raises:
         JaxRuntimeError: the compiler refuses the step; `RESOURCE_EXHAUSTED` where the devices are too small.
     """
-    train_step = build_train_step(config, target, draft, config.train.num_steps or 1000, layout)
-    trees = _target_shapes(config, target), _state_shapes(config, draft), _input_shapes(config, target, draft, layout)
-    params, state, inputs = map(layout.abstract, trees)
     began = time.perf_counter()
+    traced = trace_step(config, target, draft, layout)
+    flops = count_flops(traced.jaxpr)
     with activate(layout):
-        traced = train_step.trace(state, params, inputs)
         compiled = traced.lower().compile()
     memory = compiled.memory_analysis()
     return CompiledStep(
@@ -201,10 +199,18 @@ def compile_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, la
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        count_flops(traced.jaxpr),
+        flops,
         read_traffic(compiled.as_text()),
         time.perf_counter() - began,
     )
+
+
+def trace_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> Any:
+    """Return the train step of a run, traced at its widest batch; it is lowered where the layout is active."""
+    train_step = build_train_step(config, target, draft, config.train.num_steps or 1000, layout)
+    trees = _state_shapes(config, draft), _target_shapes(config, target), _input_shapes(config, target, draft, layout)
+    with activate(layout):
+        return train_step.trace(*map(layout.abstract, trees))
 
 
 def _fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[str, ...]]:
@@ -229,11 +235,13 @@ def _fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[st
     return replace(config, data=replace(data, micro_steps=micro_steps)), (change,)
 
 
+@cache
 def _target_shapes(config: RunConfig, target: TargetConfig) -> Any:
     shapes = jax.eval_shape(partial(init_target_params, target), jax.random.key(0))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.target.dtype)), shapes)
 
 
+@cache
 def _state_shapes(config: RunConfig, draft: DraftConfig) -> Any:
     return jax.eval_shape(partial(create_train_state, draft, config.optimizer), jax.random.key(0))
 

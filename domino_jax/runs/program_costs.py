@@ -104,7 +104,8 @@ def count_flops(jaxpr: Any) -> float:
         elif primitive == "cond":
             total += sum(map(count_flops, params["branches"])) / len(params["branches"])
         elif primitive == "shard_map":
-            total += prod(params["mesh"].shape[axis] for axis in params["manual_axes"]) * count_flops(params["jaxpr"])
+            shards = prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+            total += shards * count_flops(params["jaxpr"])
         else:
             total += sum(map(count_flops, _inner_jaxprs(params.values())))
     return total

@@ -57,6 +57,7 @@ _NO_MACHINE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several plans at a time, or one beside a run: none takes a device
 }
 _TPU_AXES = {"v5e": 2, "v5p": 3, "v6e": 2}
 

@@ -5,12 +5,13 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config_flags import parse_config
 from domino_jax.run_config import MeshConfig
 from domino_jax.runs import plan as plans
-from domino_jax.runs.plan import find_target_sizes, format_plan, plan_training
+from domino_jax.runs.plan import find_target_sizes, format_plan, plan_training, trace_step
 from domino_jax.runs.program_costs import count_flops, read_traffic
 from domino_jax.runs.topologies import DeviceKind, Topology
 from domino_jax.sharding import build_layout
@@ -48,10 +49,15 @@ def test_a_product_over_split_rows_is_summed_once_a_step():
     assert count_flops(traced.jaxpr) == STEPS * 2 * 2 * ROWS * WIDTH * MLP
 
 
-def test_a_plan_fills_the_groups_and_counts_what_they_exchange():
+def make_divisible_config(batch_size, micro_steps):
     config = make_config(mesh=MeshConfig(data=4, model=2))
-    config = replace(config, corpus=replace(config.corpus, num_attention_heads=4, num_key_value_heads=2, head_dim=4))
-    plan = plan_training(config, make_topology(2**30))
+    corpus = replace(config.corpus, num_attention_heads=4, num_key_value_heads=2, head_dim=4)
+    return replace(config, corpus=corpus, data=replace(config.data, batch_size=batch_size, micro_steps=micro_steps))
+
+
+@pytest.mark.slow
+def test_a_plan_fills_the_groups_and_counts_what_they_exchange():
+    plan = plan_training(make_divisible_config(4, 2), make_topology(2**30))
     assert plan.config.data.micro_steps == 1
     assert "--config.data.micro_steps=1" in plan.changes[0]
     assert plan.step.traffic.collective_bytes["all-reduce"] >= plan.draft_bytes  # gradients over the groups
@@ -59,13 +65,18 @@ def test_a_plan_fills_the_groups_and_counts_what_they_exchange():
 
 
 def test_flops_do_not_depend_on_the_mesh():
-    config = make_config()
-    config = replace(config, data=replace(config.data, batch_size=8, micro_steps=1))
-    config = replace(config, corpus=replace(config.corpus, num_attention_heads=4, num_key_value_heads=2, head_dim=4))
-    one = plan_training(config, Topology("one", "cpu", DeviceKind(2**30, 1e9, 1e12), jax.devices()[:1]))
-    eight = plan_training(config, make_topology(2**30))
-    assert eight.layout.num_data == 8
-    assert eight.step.flops == one.step.flops
+    config = make_divisible_config(8, 1)
+    target, _ = find_target_sizes(config)
+    draft = config.draft.resolve(target, 0)
+
+    def count(mesh):
+        layout = build_layout(mesh, jax.devices()[: mesh.data * mesh.model])
+        return count_flops(trace_step(config, target, draft, layout).jaxpr)
+
+    one = count(MeshConfig(1, 1))
+    # Chunks are filled up by every device on its own.
+    assert [count(MeshConfig(8, 1)), count(MeshConfig(4, 2))] == pytest.approx([one, one], rel=1e-3)
+    assert one > 0
 
 
 def test_weights_that_do_not_fit_are_spread():
