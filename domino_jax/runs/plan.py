@@ -149,13 +149,17 @@ def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
     plan = partial(TrainingPlan, config, topology, layout, origin, target_bytes, draft_bytes, moment_bytes, changes)
     held = target_bytes + draft_bytes + moment_bytes
     if held > _usable_bytes(topology):
-        return plan(_advise_mesh(config, target, draft, topology), None, "not compiled: weights and moments do not fit")
+        return plan(
+            _advise_mesh(config, target, draft, topology),
+            None,
+            "weights and moments alone are too large, nothing was compiled",
+        )
     try:
         step = compile_step(config, target, draft, layout)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        said = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
+        said = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
         return plan(_advise(config, target, draft, topology, layout), None, said)
     result = plan((), step, "")
     return result if result.is_fitting else plan(_advise(config, target, draft, topology, layout), step, "")

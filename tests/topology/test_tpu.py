@@ -6,6 +6,8 @@ another target.
 
 import dataclasses
 import os
+import subprocess
+import sys
 from functools import partial
 
 import jax
@@ -119,6 +121,18 @@ def test_train_step(place):
     weights = NUM_LAYERS * (TARGET.hidden_size * (3 * TARGET.intermediate_size + 2 * 32 * 128 + 2 * 8 * 128))
     assert step.flops > 2 * tokens * weights
     assert step.output_bytes < 2**20, "the state is not updated in place"
+
+
+def test_the_command(repository):
+    """The published recipe on a slice that cannot hold it whole: known before anything is compiled."""
+    command = [sys.executable, "train.py", "--config", "configs/qwen3.py:8b", "--plan", "--topology", "v5e:2x2"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plan for v5e:2x2: 4 x TPU v5 lite" in done.stdout
+    assert "published sizes of qwen3-8b; Qwen/Qwen3-8B itself was not read" in done.stdout
+    assert "data.micro_steps is taken as 8" in done.stdout
+    advice = done.stdout.partition("does not fit: weights and moments alone are too large")[2]
+    assert "--config.mesh.model=1 --config.mesh.fsdp=True: weights and moments take 6.9 GiB" in advice
 
 
 def test_a_shape_that_is_none_is_one_sentence():
