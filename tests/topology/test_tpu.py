@@ -1,6 +1,6 @@
 """Qwen3's train step, prefill and decoding loop compile for TPUs that are not here, with the `libtpu` package alone.
 
-Full widths and a few layers keep it short; DOMINO_TOPOLOGY_LAYERS=36 takes them all, DOMINO_TOPOLOGY_TARGET=qwen3-8b
+Full widths, two layers and a drafter of one keep it short; DOMINO_TOPOLOGY_LAYERS=36 takes them all, DOMINO_TOPOLOGY_TARGET=qwen3-8b
 another target.
 """
 
@@ -40,11 +40,11 @@ pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed (ex
 
 MESHES = {"v5e:4x4": MeshConfig(2, 8), "v6e:4x4": MeshConfig(4, 4, fsdp=True), "v5p:2x2x1": MeshConfig(1, 4)}
 NAME = os.environ.get("DOMINO_TOPOLOGY_TARGET", "qwen3-4b")
-NUM_LAYERS = int(os.environ.get("DOMINO_TOPOLOGY_LAYERS", "4"))
+NUM_LAYERS = int(os.environ.get("DOMINO_TOPOLOGY_LAYERS", "2"))
 SLOTS, PROMPT, NUM_NEW = 8, 1024, 1024
 
 TARGET = dataclasses.replace(PUBLIC_TARGETS[NAME], num_hidden_layers=NUM_LAYERS)
-DRAFT_SETTINGS = DraftSettings(num_hidden_layers=5 if NUM_LAYERS > 6 else 2, mask_token_id=151669)
+DRAFT_SETTINGS = DraftSettings(num_hidden_layers=5 if NUM_LAYERS > 6 else 1, mask_token_id=151669)
 DRAFT = DRAFT_SETTINGS.resolve(TARGET, 0)
 
 
