@@ -1,7 +1,7 @@
 """Qwen3's train step, prefill and decoding loop compile for TPUs that are not here, with the `libtpu` package alone.
 
-Full widths, two layers and a drafter of one keep it short; DOMINO_TOPOLOGY_LAYERS=36 takes them all, DOMINO_TOPOLOGY_TARGET=qwen3-8b
-another target.
+Full widths, two layers and a drafter of one keep it short; DOMINO_TOPOLOGY_LAYERS=36 takes them all,
+DOMINO_TOPOLOGY_TARGET=qwen3-8b another target.
 """
 
 import dataclasses
