@@ -2,7 +2,8 @@
 
 Acts in order: read the configuration, open the run's folder, build the embedded target where the configuration has a
 corpus, train the drafter, report. Interrupted, the same command goes on where it stopped. `--dry-run` shows sizes,
-examples and one executed step instead, and writes nothing.
+examples and one executed step instead, and writes nothing. `--plan --topology v6e:4x4` compiles the step for devices
+that need not be here and prints what it needs on them.
 """
 
 import sys
@@ -13,17 +14,28 @@ if any(argument.lstrip("-").startswith("dry-run") for argument in sys.argv[1:]):
 from domino_jax.config_flags import ExtraFlag, format_config, parse_or_exit
 from domino_jax.runs.errors import explain_or_raise
 
-USAGE = "python train.py --config FILE[:variant] [--dry-run] [--config.NAME=VALUE ...]"
-FLAGS = {"dry-run": ExtraFlag(False, "print sizes, examples and one executed step; write nothing")}
+USAGE = "python train.py --config FILE[:variant] [--dry-run | --plan --topology NAME] [--config.NAME=VALUE ...]"
+FLAGS = {
+    "dry-run": ExtraFlag(False, "print sizes, examples and one executed step; write nothing"),
+    "plan": ExtraFlag(False, "print what a step needs on the devices of --topology, which need not be here"),
+    "topology": ExtraFlag("", "with --plan: v5e:4x4, v6e:4x4, v5p:2x2x1, h100:8, ..."),
+}
 
 
 def main(argv: list[str]) -> int:
     """Run or rehearse the training that `argv` describes; return the exit status."""
     command = parse_or_exit(argv, FLAGS, USAGE)
-    config = command.config
+    config, extras = command.config, command.extras
+    if extras["plan"] != bool(extras["topology"]) or (extras["plan"] and extras["dry-run"]):
+        print("error: give --plan and --topology NAME (such as v6e:4x4) together, without --dry-run", file=sys.stderr)
+        return 2
     print(format_config(config), flush=True)
     # Imported after the command line is read: jax takes seconds.
-    if command.extras["dry-run"]:
+    if extras["plan"]:
+        from domino_jax.runs.plan import print_plan
+
+        return explain_or_raise(lambda: print_plan(config, str(extras["topology"])))
+    if extras["dry-run"]:
         from domino_jax.runs.dry_run import rehearse
 
         return explain_or_raise(lambda: rehearse(config))

@@ -232,8 +232,8 @@ def measure(args: argparse.Namespace) -> None:
         del params
 
 
-def main() -> None:
-    """Run the measurement of a command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=sorted(SIZES), default=["8b"])
     parser.add_argument("--contexts", nargs="+", type=int, default=[1024])
@@ -244,7 +244,12 @@ def main() -> None:
     parser.add_argument("--trace", action="store_true", help="kernels of plain steps and rounds at the first context")
     parser.add_argument("--torch", action="store_true", help="time PyTorch too, in a process of its own")
     parser.add_argument("--only-torch", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the measurement of a command line."""
+    args = parse_arguments()
     if args.only_torch:
         for size in args.sizes:
             for num_tokens in (1, 17):

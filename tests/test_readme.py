@@ -70,7 +70,12 @@ def load_program(path):
         ("README.md", {"bench.py", "serve.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
         (
             "benchmarks/README.md",
-            {"scripts/compare_transformers.py", "scripts/run_ablations.py", "benchmarks/serving_load.py"},
+            {
+                "scripts/compare_transformers.py",
+                "scripts/run_ablations.py",
+                "benchmarks/serving_load.py",
+                "benchmarks/accelerator_round.py",
+            },
         ),
         ("docs/serving.md", {"serve.py"}),
     ],

@@ -1,0 +1,435 @@
+"""Plan a training on devices that need not be here: compile its step for them, and say what it needs and moves.
+
+In: a run's configuration and a topology. Out: bytes a device, operations and traffic of a step, whether it fits, and
+what to change where it does not. Reads a target's `config.json` at most: no weights, no data, no hub; writes nothing.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from domino_jax.checkpoints.huggingface import CONFIG_FILE, check_draft_fits, read_target_config
+from domino_jax.config import ConfigError, DraftConfig, TargetConfig, require
+from domino_jax.durable import format_bytes
+from domino_jax.models.qwen3 import init_target_params
+from domino_jax.run_config import MeshConfig, RunConfig
+from domino_jax.runs.draft import build_train_step
+from domino_jax.runs.embedded import embedded_target_config
+from domino_jax.runs.features import choose_feature_shape
+from domino_jax.runs.program_costs import Traffic, count_flops, read_traffic
+from domino_jax.runs.topologies import Topology, find_topology
+from domino_jax.sharding import Layout, activate, build_layout, check_sizes
+from domino_jax.training.draft_init import check_start
+from domino_jax.training.step import StepInputs, create_train_state
+
+_QWEN3 = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128}
+PUBLIC_TARGETS = {
+    "qwen3-4b": TargetConfig(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
+        tie_word_embeddings=True, **_QWEN3,
+    ),
+    "qwen3-8b": TargetConfig(
+        hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, **_QWEN3
+    ),
+    "qwen3-14b": TargetConfig(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40, **_QWEN3
+    ),
+    "qwen3-32b": TargetConfig(
+        hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64, **_QWEN3
+    ),
+}  # fmt: skip
+"""Source: `config.json` of the public checkpoints Qwen/Qwen3-4B, -8B, -14B and -32B."""
+
+_ROOM_TO_WORK = 0.6
+"""Share of a device that what is held between steps may fill in advice: the rest is for gradients and activations."""
+
+_WITH_ALL_MEMORY = 0.95
+"""Share of a device's memory that JAX can be told to take."""
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler and the two texts of a step say of one device, but for `flops`, of all of them.
+
+    Attributes:
+        argument_bytes: weights, moments and batch, held between steps.
+        output_bytes: results that do not replace an argument.
+        compile_s: seconds that the compiler took.
+    """
+
+    argument_bytes: int
+    output_bytes: int
+    temporary_bytes: int
+    code_bytes: int
+    flops: float
+    traffic: Traffic
+    compile_s: float
+
+    @property
+    def total_bytes(self) -> int:
+        """What a device needs at the fullest moment of a step."""
+        return self.argument_bytes + self.output_bytes + self.temporary_bytes + self.code_bytes
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """A step of a training on a topology; bytes are those of one device.
+
+    Attributes:
+        config: the run, with what had to be changed for it to start at all.
+        target_origin: where the target's sizes are from.
+        changes: what was changed, in sentences.
+        step: None where the weights alone do not fit, or the compiler found no room.
+        refusal: what the compiler said then.
+    """
+
+    config: RunConfig
+    topology: Topology
+    layout: Layout
+    target_origin: str
+    target_bytes: int
+    draft_bytes: int
+    moment_bytes: int
+    changes: tuple[str, ...]
+    advice: tuple[str, ...]
+    step: CompiledStep | None
+    refusal: str
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights and moments, from the shapes alone."""
+        return self.target_bytes + self.draft_bytes + self.moment_bytes
+
+    @property
+    def is_fitting(self) -> bool:
+        """Whether a step fits, if JAX is told to take all of the memory."""
+        return self.step is not None and self.step.total_bytes <= _usable_bytes(self.topology)
+
+
+def print_plan(config: RunConfig, topology_name: str) -> None:
+    """Print what a run's train step needs on a topology, and nothing else.
+
+    Raises:
+        TopologyError: the topology is unknown or cannot be described here.
+        ConfigError: the target's sizes are not known here, or the mesh does not fit topology, models or batch.
+        CheckpointError: the target's `config.json` cannot be used, or the drafter does not fit the target.
+    """
+    jax.config.update("jax_platforms", "cpu")  # real devices stay free
+    topology = find_topology(topology_name)
+    print(
+        f"\nplan for {topology.name}: {len(topology.devices)} x {topology.devices[0].device_kind}, nothing is run; "
+        "compiling takes minutes at full size",
+        flush=True,
+    )
+    print("\n".join(format_plan(plan_training(config, topology))), flush=True)
+
+
+def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
+    """Return what a run's train step needs on a topology: at its widest batch, on random values.
+
+    Raises:
+        ConfigError: as `print_plan`.
+        CheckpointError: as `print_plan`.
+    """
+    target, origin = find_target_sizes(config)
+    draft = config.draft.resolve(target, target.vocab_size - 1)  # which token masks does not matter here
+    check_draft_fits(draft, target)
+    if config.draft.initial_weights == "target":
+        check_start(draft, target)
+    layout = build_layout(config.mesh, topology.devices)
+    check_sizes(layout, target, draft)
+    config, changes = _fill_groups(config, layout)
+    target_bytes, draft_bytes, moment_bytes = _held_bytes(config, target, draft, layout)
+    plan = partial(TrainingPlan, config, topology, layout, origin, target_bytes, draft_bytes, moment_bytes, changes)
+    held = target_bytes + draft_bytes + moment_bytes
+    if held > _usable_bytes(topology):
+        return plan(
+            _advise_mesh(config, target, draft, topology),
+            None,
+            "weights and moments alone are too large, nothing was compiled",
+        )
+    try:
+        step = compile_step(config, target, draft, layout)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        said = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+        return plan(_advise(config, target, draft, topology, layout), None, said)
+    result = plan((), step, "")
+    return result if result.is_fitting else plan(_advise(config, target, draft, topology, layout), step, "")
+
+
+def find_target_sizes(config: RunConfig) -> tuple[TargetConfig, str]:
+    """Return the target's sizes and where they are from: its directory, the run itself, or the public checkpoint.
+
+    Raises:
+        ConfigError: the target is no directory here and none of the public ones.
+        CheckpointError: its `config.json` cannot be used.
+    """
+    if config.corpus is not None:
+        return embedded_target_config(config.corpus, config.corpus.vocab_size), "the target that the run builds"
+    path = config.target.path
+    if Path(path).expanduser().is_dir():
+        return read_target_config(path)[0], str(Path(path) / CONFIG_FILE)
+    name = path.rstrip("/").rpartition("/")[2].lower()
+    require(
+        name in PUBLIC_TARGETS,
+        f"target.path is {path!r}, no directory here, and a plan asks no hub; give a directory with a {CONFIG_FILE}, "
+        f"or one of {', '.join(PUBLIC_TARGETS)}, whose published sizes are known",
+    )
+    return PUBLIC_TARGETS[name], f"published sizes of {name}; {path} itself was not read"
+
+
+def compile_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> CompiledStep:
+    """Return what the train step of a run needs on a layout, whose devices need not be attached.
+
+    Raises:
+        JaxRuntimeError: the compiler refuses the step; `RESOURCE_EXHAUSTED` where the devices are too small.
+    """
+    began = time.perf_counter()
+    traced = trace_step(config, target, draft, layout)
+    flops = count_flops(traced.jaxpr)
+    with activate(layout):
+        compiled = traced.lower().compile()
+    memory = compiled.memory_analysis()
+    return CompiledStep(
+        memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        memory.temp_size_in_bytes,
+        memory.generated_code_size_in_bytes,
+        flops,
+        read_traffic(compiled.as_text()),
+        time.perf_counter() - began,
+    )
+
+
+def trace_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> Any:
+    """Return the train step of a run, traced at its widest batch; it is lowered where the layout is active."""
+    train_step = build_train_step(config, target, draft, config.train.num_steps or 1000, layout)
+    trees = _state_shapes(config, draft), _target_shapes(config, target), _input_shapes(config, target, draft, layout)
+    with activate(layout):
+        return train_step.trace(*map(layout.abstract, trees))
+
+
+def _fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[str, ...]]:
+    """Return the run with as few micro-steps as give every group of devices a sequence, and what that changed.
+
+    Raises:
+        ConfigError: no number of micro-steps does.
+    """
+    data, groups = config.data, layout.num_data
+    if data.batch_size // data.micro_steps >= groups:
+        return config, ()
+    require(
+        data.batch_size >= groups,
+        f"data.batch_size {data.batch_size} leaves some of the {groups} groups of devices (mesh.data) without a "
+        "sequence; raise it, or give mesh.model more of the devices",
+    )
+    micro_steps = max(n for n in _divisors(data.batch_size) if data.batch_size // n >= groups)
+    change = (
+        f"data.micro_steps is taken as {micro_steps}: {data.micro_steps} would leave some of the {groups} groups of "
+        f"devices without a sequence, and the run would refuse it; give --config.data.micro_steps={micro_steps}"
+    )
+    return replace(config, data=replace(data, micro_steps=micro_steps)), (change,)
+
+
+@cache
+def _target_shapes(config: RunConfig, target: TargetConfig) -> Any:
+    shapes = jax.eval_shape(partial(init_target_params, target), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.target.dtype)), shapes)
+
+
+@cache
+def _state_shapes(config: RunConfig, draft: DraftConfig) -> Any:
+    return jax.eval_shape(partial(create_train_state, draft, config.optimizer), jax.random.key(0))
+
+
+def _input_shapes(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> StepInputs:
+    """Return the shapes of the widest batch, filled up as `pad_sequences` does."""
+    data = config.data
+    rows = data.batch_size // data.micro_steps
+    padded = -(-rows // layout.num_data) * layout.num_data
+    shape = data.micro_steps, padded, data.max_length
+    struct = jax.ShapeDtypeStruct
+    inputs = StepInputs(struct(shape, jnp.int32), struct(shape, jnp.float32), struct(shape[:2], jnp.int32))
+    if padded != rows:
+        inputs = inputs.replace(numbers=struct(shape[:2], jnp.int32))
+    if data.feature_cache:
+        kept = choose_feature_shape(config, draft, target)
+        inputs = inputs.replace(features=struct((*shape, kept.feature_width), jnp.dtype(kept.dtype)))
+        if kept.hidden_width:
+            inputs = inputs.replace(last_hidden=struct((*shape, kept.hidden_width), jnp.dtype(kept.dtype)))
+    return inputs
+
+
+def _held_bytes(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> tuple[int, int, int]:
+    """Return a device's bytes of the target, the drafter and the rest of the training's state."""
+    state = _state_shapes(config, draft)
+    whole = _device_bytes(layout.abstract(state))
+    params = _device_bytes(layout.abstract(state.params))
+    return _device_bytes(layout.abstract(_target_shapes(config, target))), params, whole - params
+
+
+def _device_bytes(tree: Any) -> int:
+    sizes = [jnp.dtype(x.dtype).itemsize * _count(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)]
+    return sum(sizes)
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _usable_bytes(topology: Topology) -> int:
+    """Return what a program can have of a device's memory if JAX is told to take it."""
+    return int(topology.kind.memory_bytes * max(topology.kind.jax_share, _WITH_ALL_MEMORY))
+
+
+def _advise(
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, topology: Topology, layout: Layout
+) -> tuple[str, ...]:
+    """Return what lowers a step's temporaries, the cheapest first."""
+    data, objective, advice = config.data, config.objective, []
+    rows = data.batch_size // data.micro_steps
+    fewest = [n for n in _divisors(data.batch_size) if data.batch_size // n >= layout.num_data]
+    if max(fewest) > data.micro_steps:
+        advice.append(
+            f"--config.data.micro_steps={max(fewest)}: {data.batch_size // max(fewest)} sequences at a time, not {rows}"
+        )
+    larger = [c for c in _meshes(config, target, draft, topology) if c[0].num_model > layout.num_model]
+    if larger:
+        advice.append(f"{_flags(larger[0][0])}: layers, caches and logits are split over more devices")
+    if not layout.fsdp and layout.num_data > 1:
+        advice.append("--config.mesh.fsdp=True: weights and moments are split over the groups of devices too")
+    if objective.head_chunk > 1:
+        advice.append(f"--config.objective.head_chunk={objective.head_chunk // 2}: fewer logits at a time")
+    if objective.attention_chunk > 1:
+        advice.append(f"--config.objective.attention_chunk={objective.attention_chunk // 2}: fewer scores at a time")
+    return (*advice, f"--config.data.max_length below {data.max_length}: shorter sequences")
+
+
+def _advise_mesh(config: RunConfig, target: TargetConfig, draft: DraftConfig, topology: Topology) -> tuple[str, ...]:
+    """Return the mesh that leaves room to work, or that none does."""
+    room = _usable_bytes(topology) * _ROOM_TO_WORK
+    meshes = list(_meshes(config, target, draft, topology))
+    for layout, held in meshes:
+        if held <= room:
+            return (f"{_flags(layout)}: weights and moments take {format_bytes(held)} of a device",)
+    smallest, held = min(meshes, key=lambda mesh: mesh[1])
+    return (
+        f"even {_flags(smallest)} holds {format_bytes(held)} of weights and moments a device, which leaves too little "
+        "to work with: take a topology with more or larger devices",
+    )
+
+
+def _meshes(
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, topology: Topology
+) -> Iterator[tuple[Layout, int]]:
+    """Yield the meshes that divide devices, models and batch, those that exchange least first, with what they hold."""
+    for model in _divisors(len(topology.devices)):
+        for fsdp in (False, True):
+            layout = build_layout(MeshConfig(0, model, fsdp), topology.devices)
+            try:
+                check_sizes(layout, target, draft)
+            except ConfigError:
+                continue
+            if layout.num_data <= config.data.batch_size and (layout.num_data > 1 or not fsdp):
+                yield layout, sum(_held_bytes(config, target, draft, layout))
+
+
+def _flags(layout: Layout) -> str:
+    flags = f"--config.mesh.data=0 --config.mesh.model={layout.num_model}"
+    return f"{flags} --config.mesh.fsdp=True" if layout.fsdp else flags
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def format_plan(plan: TrainingPlan) -> list[str]:
+    """Return the plan as lines of text."""
+    config, layout, topology = plan.config, plan.layout, plan.topology
+    data = config.data
+    lines = [
+        f"target: {plan.target_origin}",
+        f"mesh: data {layout.num_data} x model {layout.num_model}{', fsdp' if layout.fsdp else ''}",
+        f"batch: {data.batch_size} sequences of {data.max_length} tokens in {data.micro_steps} micro-steps",
+        *(f"note: {change}" for change in plan.changes),
+        "",
+        "bytes of a device",
+        *_rows(_memory_rows(plan)),
+        "",
+    ]
+    if plan.step:
+        lines += ["a step", *_rows(_step_rows(plan, plan.step)), ""]
+        if topology.platform == "cuda" and not data.feature_cache:
+            lines.append(
+                "note: the target's attention scores are counted as written to memory; on the device cuDNN's kernel, "
+                "where it has one, writes none"
+            )
+    lines.append(_verdict(plan))
+    return lines + [f"  {one}" for one in plan.advice]
+
+
+def _memory_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
+    rows = [
+        ("target's weights", format_bytes(plan.target_bytes)),
+        ("drafter's weights (float32)", format_bytes(plan.draft_bytes)),
+        ("optimizer's moments", format_bytes(plan.moment_bytes)),
+    ]
+    step = plan.step
+    if step:
+        rows += [
+            ("arguments: those and the batch", format_bytes(step.argument_bytes)),
+            ("temporaries: gradients, features, activations, logits", format_bytes(step.temporary_bytes)),
+            ("results beside the arguments they replace", format_bytes(step.output_bytes)),
+            ("the program", format_bytes(step.code_bytes)),
+            ("in all", format_bytes(step.total_bytes)),
+        ]
+    return [*rows, ("a device has", format_bytes(plan.topology.kind.memory_bytes))]
+
+
+def _step_rows(plan: TrainingPlan, step: CompiledStep) -> list[tuple[str, str]]:
+    kind, count = plan.topology.kind, len(plan.topology.devices)
+    exchanged = step.traffic.collective_bytes
+    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(exchanged.items()))
+    compute_s = step.flops / count / kind.flops_per_s
+    memory_s = step.traffic.moved_bytes / kind.bandwidth_bytes_per_s
+    rows = [
+        ("FLOPs of all devices", f"{step.flops / 1e12:.4g} TFLOP"),
+        ("bytes moved by a device", format_bytes(step.traffic.moved_bytes)),
+        ("collective bytes of a device", format_bytes(sum(exchanged.values())) + (f" ({parts})" if parts else "")),
+        ("at the published rates not below", f"{max(compute_s, memory_s):.3g} s "
+         f"(products {compute_s:.3g} s, memory {memory_s:.3g} s)"),
+        ("compiled in", f"{step.compile_s:.0f} s"),
+    ]  # fmt: skip
+    if step.traffic.num_unknown_loops:
+        rows.append(("loops of unknown length, counted once", str(step.traffic.num_unknown_loops)))
+    return rows
+
+
+def _verdict(plan: TrainingPlan) -> str:
+    step, kind = plan.step, plan.topology.kind
+    if step is None:
+        return f"does not fit: {plan.refusal}; instead"
+    total = format_bytes(step.total_bytes)
+    if step.total_bytes <= kind.default_bytes:
+        return f"fits: {total} of the {format_bytes(kind.default_bytes)} that JAX takes"
+    if plan.is_fitting:
+        return (
+            f"fits with XLA_CLIENT_MEM_FRACTION={_WITH_ALL_MEMORY}: {total}; JAX takes {kind.jax_share:.0%} by itself"
+        )
+    return f"does not fit: {total} of {format_bytes(kind.memory_bytes)}; instead"
+
+
+def _rows(pairs: list[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in pairs)
+    return [f"  {name:{width}}  {value}" for name, value in pairs]

@@ -1,0 +1,144 @@
+"""Qwen3's train step, prefill and decoding loop compile for TPUs that are not here, with the `libtpu` package alone.
+
+Full widths, two layers and a drafter of one keep it short; DOMINO_TOPOLOGY_LAYERS=36 takes them all,
+DOMINO_TOPOLOGY_TARGET=qwen3-8b another target.
+"""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from domino_jax.config import SamplingConfig
+from domino_jax.decoding.generate import init_state
+from domino_jax.decoding.prefill import prefill_chunk
+from domino_jax.decoding.speculative import decode_speculative
+from domino_jax.decoding.state import DecodeSettings, ModelParams, default_num_candidates
+from domino_jax.models.domino_head import init_draft_params
+from domino_jax.models.qwen3 import init_target_params
+from domino_jax.run_config import (
+    DataConfig,
+    DraftSettings,
+    MeshConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TargetSource,
+    TrainConfig,
+)
+from domino_jax.runs.plan import PUBLIC_TARGETS, compile_step
+from domino_jax.runs.program_costs import read_traffic
+from domino_jax.runs.topologies import TopologyError, find_topology
+from domino_jax.sharding import activate, build_layout, check_sizes
+
+pytestmark = pytest.mark.topology
+pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed (extra `tpu`)")
+
+MESHES = {"v5e:4x4": MeshConfig(2, 8), "v6e:4x4": MeshConfig(4, 4, fsdp=True), "v5p:2x2x1": MeshConfig(1, 4)}
+NAME = os.environ.get("DOMINO_TOPOLOGY_TARGET", "qwen3-4b")
+NUM_LAYERS = int(os.environ.get("DOMINO_TOPOLOGY_LAYERS", "2"))
+SLOTS, PROMPT, NUM_NEW = 8, 1024, 1024
+
+TARGET = dataclasses.replace(PUBLIC_TARGETS[NAME], num_hidden_layers=NUM_LAYERS)
+DRAFT_SETTINGS = DraftSettings(num_hidden_layers=5 if NUM_LAYERS > 6 else 1, mask_token_id=151669)
+DRAFT = DRAFT_SETTINGS.resolve(TARGET, 0)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def place(request):
+    topology = find_topology(request.param)
+    layout = build_layout(MESHES[request.param], topology.devices)
+    check_sizes(layout, TARGET, DRAFT)
+    return topology, layout
+
+
+def shapes_of(layout):
+    """Return settings, parameters and state of the decoding loop, as shapes with places."""
+    settings = DecodeSettings(
+        TARGET, DRAFT, DRAFT.block_size, num_candidates=default_num_candidates(TARGET.vocab_size), dtype="bfloat16"
+    )
+    inits = partial(init_target_params, TARGET), partial(init_draft_params, DRAFT)
+    params = ModelParams(*(jax.eval_shape(init, jax.random.key(0)) for init in inits))
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    rows = [[1] * PROMPT] * SLOTS, [NUM_NEW] * SLOTS, [SamplingConfig()] * SLOTS, [()] * SLOTS
+    state = jax.eval_shape(lambda: init_state(settings, *rows))
+    return settings, layout.abstract(params), layout.abstract(state)
+
+
+def check(compiled, topology):
+    """Check that a program fits its device and never asks the host; return what it moves."""
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert 0 < held + memory.temp_size_in_bytes < topology.kind.memory_bytes
+    traffic = read_traffic(compiled.as_text())
+    assert traffic.host_calls == ()
+    assert traffic.moved_bytes > 0 and sum(traffic.collective_bytes.values()) > 0
+    return traffic
+
+
+def test_decoding_loop(place):
+    topology, layout = place
+    settings, params, state = shapes_of(layout)
+    with activate(layout):
+        compiled = decode_speculative.lower(settings, params, state).compile()
+    assert check(compiled, topology).num_unknown_loops >= 1, "the loop over rounds is not in the program"
+    caches = 2 * SLOTS // layout.num_data * TARGET.num_key_value_heads // layout.num_model * (PROMPT + NUM_NEW)
+    state_bytes = caches * TARGET.head_dim * 2 * (TARGET.num_hidden_layers + DRAFT.num_hidden_layers)
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes, "the caches are not written in place"
+
+
+def test_prefill(place):
+    topology, layout = place
+    settings, params, state = shapes_of(layout)
+    hidden = jax.ShapeDtypeStruct((SLOTS, TARGET.hidden_size), jnp.bfloat16)
+    hidden = layout.abstract({"last_hidden": hidden})["last_hidden"]
+    with activate(layout):
+        start = jax.ShapeDtypeStruct((), jnp.int32)
+        compiled = prefill_chunk.lower(settings, params, state, 256, start, hidden).compile()
+    check(compiled, topology)
+
+
+def test_train_step(place):
+    topology, layout = place
+    config = RunConfig(
+        name="topology",
+        target=TargetSource(f"Qwen/{NAME}", "bfloat16"),
+        draft=DRAFT_SETTINGS,
+        data=DataConfig("train.jsonl", max_length=1024, batch_size=2 * layout.num_data, micro_steps=2),
+        objective=ObjectiveConfig(num_anchors=64),
+        train=TrainConfig(num_steps=100, compute_dtype="bfloat16"),
+    )
+    step = compile_step(config, TARGET, DRAFT, layout)
+    assert step.total_bytes < topology.kind.memory_bytes
+    assert step.traffic.host_calls == ()
+    assert step.traffic.num_unknown_loops <= 2  # searches in sorted anchors, of a few steps
+    # No device multiplies what another one has: products are those of the method, once more for what is computed again.
+    tokens = 2 * layout.num_data * 1024
+    weights = NUM_LAYERS * (TARGET.hidden_size * (3 * TARGET.intermediate_size + 2 * 32 * 128 + 2 * 8 * 128))
+    assert step.flops > 2 * tokens * weights
+    assert step.output_bytes < 2**20, "the state is not updated in place"
+
+
+def test_the_command(repository):
+    """The published recipe on a slice that cannot hold it whole: known before anything is compiled."""
+    command = [sys.executable, "train.py", "--config", "configs/qwen3.py:8b", "--plan", "--topology", "v5e:2x2"]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "plan for v5e:2x2: 4 x TPU v5 lite" in done.stdout
+    assert "published sizes of qwen3-8b; Qwen/Qwen3-8B itself was not read" in done.stdout
+    assert "data.micro_steps is taken as 8" in done.stdout
+    advice = done.stdout.partition("does not fit: weights and moments alone are too large")[2]
+    assert "--config.mesh.model=1 --config.mesh.fsdp=True: weights and moments take 6.9 GiB" in advice
+
+
+def test_a_shape_that_is_none_is_one_sentence():
+    with pytest.raises(TopologyError, match=r"libtpu knows no topology 'v5e:3x5' \(.*\); try v5e:4x4"):
+        find_topology("v5e:3x5")
+
+
+def test_one_chip():
+    assert len(find_topology("v5e:1x1").devices) == 1
