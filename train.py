@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     print(format_config(config), flush=True)
     # Imported after the command line is read: jax takes seconds.
     if extras["plan"]:
-        from domino_jax.runs.plan import print_plan
+        from domino_jax.runs.plan_page import print_plan
 
         return explain_or_raise(lambda: print_plan(config, str(extras["topology"])))
     if extras["dry-run"]:

@@ -24,38 +24,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from domino_jax.config import DraftConfig, TargetConfig, default_target_layer_ids
+from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.speculative import decode_speculative
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.evaluation import anatomy
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.run_config import DraftSettings
+from domino_jax.runs.plan import PUBLIC_TARGETS
 
-_SHARED = {"vocab_size": 151936, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128}
 SIZES = {
     "tiny": TargetConfig(1024, 64, 192, 6, 4, 2, 16, tie_word_embeddings=True),
-    "4b": TargetConfig(
-        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, tie_word_embeddings=True, **_SHARED
-    ),
-    "8b": TargetConfig(hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, **_SHARED),
+    "4b": PUBLIC_TARGETS["qwen3-4b"],
+    "8b": PUBLIC_TARGETS["qwen3-8b"],
 }
-"""Source: the `config.json` of Qwen/Qwen3-4B and Qwen/Qwen3-8B; `tiny` tries the script on any machine."""
+"""`tiny` tries the script on any machine."""
 
 
 def draft_config(target: TargetConfig) -> DraftConfig:
     """Return the drafter that `configs/qwen3.py` trains for a target."""
-    layers = 5 if target.num_hidden_layers > 6 else 2
-    return DraftConfig(
-        vocab_size=target.vocab_size,
-        hidden_size=target.hidden_size,
-        intermediate_size=target.intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=target.num_attention_heads,
-        num_key_value_heads=target.num_key_value_heads,
-        head_dim=target.head_dim,
-        num_target_layers=target.num_hidden_layers,
-        target_layer_ids=default_target_layer_ids(target.num_hidden_layers, layers),
+    settings = DraftSettings(
+        num_hidden_layers=5 if target.num_hidden_layers > 6 else 2,
         block_size=16,
         mask_token_id=min(151669, target.vocab_size - 1),
         shift_label=True,
@@ -63,6 +53,7 @@ def draft_config(target: TargetConfig) -> DraftConfig:
         gru_hidden_dim=1024,
         emb_dim=256,
     )
+    return settings.resolve(target, settings.mask_token_id)
 
 
 def draw_params(shapes: Any, dtype: str) -> Any:
@@ -109,13 +100,13 @@ def trace_kernels(run: Callable[[], Any]) -> Counter[str]:
 def trace_rows(size: str, settings: DecodeSettings, params: ModelParams, context: int, rounds: int) -> Iterator[dict]:
     """Yield the kernels of some plain steps and some rounds, longest first, with their microseconds a step or round."""
     plain = DecodeSettings(settings.target, dtype=settings.dtype)
-    state = anatomy._random_state(plain, 1, context, rounds)
+    state = anatomy.random_state(plain, 1, context, rounds)
     loops = {"plain": (decode_plain, plain, ModelParams(params.target), state)}
-    state = anatomy._random_state(settings, 1, context, rounds)
+    state = anatomy.random_state(settings, 1, context, rounds)
     loops["round"] = (decode_speculative, settings, params, state)
     for loop, (decode, loop_settings, loop_params, state) in loops.items():
         box = [decode(loop_settings, loop_params, state)]
-        box[0] = anatomy._rewind(box[0], context)
+        box[0] = anatomy.rewind(box[0], context)
 
         def run(decode: Any = decode, given: tuple = (loop_settings, loop_params), box: list = box) -> Any:
             box[0] = decode(*given, box[0])

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from math import prod
 from typing import Any, TypeVar
 
 import jax
@@ -228,6 +229,15 @@ def activate(layout: Layout | None) -> AbstractContextManager[Any]:
     None leaves everything on one device.
     """
     return nullcontext() if layout is None else jax.set_mesh(layout.mesh)
+
+
+def count_device_bytes(tree: Any) -> int:
+    """Return what each device holds of a tree of arrays or shapes; a leaf without a sharding is whole."""
+    parts = [
+        (leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape, jnp.dtype(leaf.dtype).itemsize)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    return sum(prod(shape) * size for shape, size in parts)
 
 
 def constrain(x: Array, kind: str) -> Array:

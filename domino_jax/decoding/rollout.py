@@ -9,6 +9,7 @@ Source: Domino, arXiv 2605.29707; candidate-limited correction as in SGLang.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import flax.struct
 import jax
@@ -116,14 +117,13 @@ def _roll_out_head(
     Devices that share the vocabulary exchange a step's token and its embedding at once. With filters over the whole of
     it there is a second exchange, of the logits, which have to be sorted; gates of candidates need none at all.
     """
-    head = DominoHead(settings.draft, dtype=jnp.dtype(settings.dtype))
+    dtype = jnp.dtype(settings.dtype)
+    head = DominoHead(settings.draft, dtype=dtype)
     # Whole over `data` before the loop: under fsdp each step would gather it anew.
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
-    embedding = gather_parameter(params.target["embed_tokens"].astype(settings.dtype), "embed_tokens")
-    prefix_len = min(settings.draft.pure_draft_prefix_len, base_logits.shape[1])
+    embedding = gather_parameter(params.target["embed_tokens"].astype(dtype), "embed_tokens")
 
-    def read(embeddings: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
-        return head.apply(variables, embeddings, method=DominoHead.input_gates)
+    read = partial(head.apply, variables, method=DominoHead.input_gates)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
         state, state_gates, input_gates = carry
@@ -151,14 +151,14 @@ def _roll_out_head(
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None if candidates is None else variables["params"]["up"].astype(settings.dtype).T[candidates],
+        "up": None if candidates is None else variables["params"]["up"].astype(dtype).T[candidates],
         "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids))),
     }
     slots = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), slots)
-    slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= prefix_len
+    slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= settings.draft.pure_draft_prefix_len
     state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
-    start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, jnp.dtype(settings.dtype))))
+    start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, dtype)))
     _, drafted = jax.lax.scan(step, start, slots)
     tokens, log_weights = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
     return Proposal(tokens, _draft_laws(settings, sampling, log_weights))

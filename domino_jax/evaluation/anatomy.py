@@ -195,7 +195,7 @@ def measure_round(
     plain = replace(settings, draft=None, block_size=1, rule="greedy")
     settings = replace(settings, rule="greedy", has_filters=False)
     costs = [_measure_plain(plain, ModelParams(params.target), batch, context, repeats)]
-    state = _random_state(settings, batch, context, _LOOP_LEN * (settings.num_draft_tokens + 1))
+    state = random_state(settings, batch, context, _LOOP_LEN * (settings.num_draft_tokens + 1))
     round_s, state = _time_rounds(settings, params, state, context, repeats)
     prefill_s, state = _time_prefill(settings, params, state, repeats)
     carry, phase_s = _random_carry(settings, state, context), {}
@@ -225,7 +225,8 @@ def _random_like(tree: KVCache, key: Array) -> KVCache:
     return structure.unflatten([jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)])
 
 
-def _random_state(settings: DecodeSettings, batch: int, context: int, num_new: int) -> DecodeState:
+def random_state(settings: DecodeSettings, batch: int, context: int, num_new: int) -> DecodeState:
+    """Return the state of greedy rows of `context` tokens with a budget of `num_new`; caches hold random numbers."""
     prompt = [1 + i % (settings.target.vocab_size - 1) for i in range(context)]
     sampling, stops = [SamplingConfig()] * batch, [()] * batch
     state = init_state(settings, [prompt] * batch, [num_new] * batch, sampling, stops)
@@ -240,7 +241,7 @@ def _random_carry(settings: DecodeSettings, state: DecodeState, context: int) ->
     keys, dtype = jax.random.split(jax.random.key(4), 5), jnp.dtype(settings.dtype)
     width, vocab = draft.hidden_size, draft.vocab_size
     return _Carry(
-        state=_rewind(state, context),
+        state=rewind(state, context),
         hidden=jax.random.normal(keys[0], (batch, drafts, width), dtype),
         base_logits=jax.random.normal(keys[1], (batch, drafts, vocab)),
         drafts=jax.random.randint(keys[2], (batch, drafts), 0, vocab, jnp.int32),
@@ -249,7 +250,8 @@ def _random_carry(settings: DecodeSettings, state: DecodeState, context: int) ->
     )
 
 
-def _rewind(state: DecodeState, context: int) -> DecodeState:
+def rewind(state: DecodeState, context: int) -> DecodeState:
+    """Return a state whose rows have `context` tokens and run again."""
     return state.replace(
         committed_len=jnp.full_like(state.committed_len, context),
         is_done=jnp.zeros_like(state.is_done),
@@ -259,10 +261,10 @@ def _rewind(state: DecodeState, context: int) -> DecodeState:
 
 def _measure_plain(settings: DecodeSettings, params: ModelParams, batch: int, context: int, repeats: int) -> PhaseCost:
     num_steps = 2 * _LOOP_LEN
-    box = [_random_state(settings, batch, context, num_steps)]
+    box = [random_state(settings, batch, context, num_steps)]
 
     def run() -> Any:
-        box[0] = decode_plain(settings, params, _rewind(box[0], context))
+        box[0] = decode_plain(settings, params, rewind(box[0], context))
         return box[0].tokens
 
     seconds = _median_seconds(run, repeats) / num_steps
@@ -277,7 +279,7 @@ def _time_rounds(
 
     def run() -> Any:
         limit_len = jnp.full_like(box[0].limit_len, context + _LOOP_LEN)
-        box[0] = decode_speculative(settings, params, _rewind(box[0], context).replace(limit_len=limit_len))
+        box[0] = decode_speculative(settings, params, rewind(box[0], context).replace(limit_len=limit_len))
         return box[0].tokens
 
     seconds = _median_seconds(run, repeats)

@@ -46,7 +46,7 @@ class DominoHead(nn.Module):
 
     def step(self, state: Float[Array, "*batch R"], embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch R"]:
         """Return the GRU's state after reading one more token embedding."""
-        return self._update(state, self.input_gates(embedding))
+        return update_state(state, self.input_gates(embedding), state @ self._weight("gru_hidden"))
 
     def input_gates(self, embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
         """Return the part of the GRU's three gates that depends on the token read alone."""
@@ -60,15 +60,12 @@ class DominoHead(nn.Module):
         gates, inner = jnp.split(multiply(state, weight), [self.gru_hidden.shape[-1]], axis=-1)
         return gates, inner
 
-    def _update(self, state: Array, input_gates: Array) -> Array:
-        return update_state(state, input_gates, state @ self._weight("gru_hidden"))
-
     def teacher_states(self, embeddings: Float[Array, "*batch T D"]) -> Float[Array, "*batch T R"]:
         """Return the state after each of T given tokens."""
-        input_gates = embeddings.astype(self.dtype) @ self._weight("gru_input")
+        input_gates, weight = self.input_gates(embeddings), self._weight("gru_hidden")
         states, state = [], self.init_state(embeddings.shape[:-2])
         for t in range(embeddings.shape[-2]):
-            state = self._update(state, input_gates[..., t, :])
+            state = update_state(state, input_gates[..., t, :], state @ weight)
             states.append(state)
         return jnp.stack(states, axis=-2)
 
@@ -76,20 +73,14 @@ class DominoHead(nn.Module):
         """Return the part of the correction's inner product that depends on the slot's state alone."""
         return hidden.astype(self.dtype) @ self._weight("down")[: self.config.hidden_size]
 
-    def correct_projected(
-        self, projected: Float[Array, "*batch E"], state: Float[Array, "*batch R"]
-    ) -> Float[Array, "*batch V"]:
-        """Return the float32 residual on the base logits from `project_hidden`'s result and a GRU state."""
-        inner = jax.nn.silu(projected + state @ self._weight("down")[self.config.hidden_size :])
-        return self.expand(inner)
-
     def expand(self, inner: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual of the correction's inner states."""
         return constrain(einsum_in_float32("...e,ev->...v", inner, self._weight("up")), "logits")
 
     def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual on the base logits of slots with states `hidden`."""
-        return self.correct_projected(self.project_hidden(hidden), state)
+        inner = self.project_hidden(hidden) + state @ self._weight("down")[self.config.hidden_size :]
+        return self.expand(jax.nn.silu(inner))
 
     def _weight(self, name: str) -> Array:
         return gather_parameter(getattr(self, name).astype(self.dtype), f"head/{name}")

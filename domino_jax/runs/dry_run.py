@@ -41,7 +41,7 @@ from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.runs.training_run import check_run, find_target, warn_of_mismatches
-from domino_jax.sharding import activate, find_layout
+from domino_jax.sharding import activate, count_device_bytes, find_layout
 from domino_jax.training.step import TrainState, create_train_state
 
 Messages = list[dict[str, str]]
@@ -237,15 +237,6 @@ def _num_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _device_bytes(tree: Any) -> int:
-    """Return what each device holds of a tree of shapes."""
-    parts = [
-        (leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape, leaf.dtype)
-        for leaf in jax.tree.leaves(tree)
-    ]
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts)
-
-
 def _parameter_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
     params = rehearsal.state.params
     lines = [("target (frozen)", f"{_count(rehearsal.target.params):,}")]
@@ -290,12 +281,12 @@ def _memory_lines(rehearsal: _Rehearsal, compiled: Any) -> list[tuple[str, str]]
     micro_batch = -(-config.data.batch_size // config.data.micro_steps // num_data)
     features = micro_batch * config.data.max_length * len(draft.target_layer_ids) * target.hidden_size
     num_blocks = min(config.objective.head_chunk, micro_batch * config.objective.num_anchors)
-    drafter = _device_bytes(rehearsal.state.params)
+    drafter = count_device_bytes(rehearsal.state.params)
     logits = num_blocks * draft.num_draft_tokens() * target.vocab_size * 4 // num_model
     lines = [
-        ("target's weights", format_bytes(_device_bytes(rehearsal.target.params))),
+        ("target's weights", format_bytes(count_device_bytes(rehearsal.target.params))),
         ("drafter's weights (float32)", format_bytes(drafter)),
-        ("optimizer moments", format_bytes(_device_bytes(rehearsal.state.opt_state))),
+        ("optimizer moments", format_bytes(count_device_bytes(rehearsal.state.opt_state))),
         ("gradients", format_bytes(drafter)),
         ("target features of a micro-step", format_bytes(features * jnp.dtype(config.target.dtype).itemsize)),
         ("logits of a chunk of blocks, base or corrected", format_bytes(logits)),

@@ -23,8 +23,8 @@ from domino_jax.runs.draft import build_train_step
 from domino_jax.runs.embedded import embedded_target_config
 from domino_jax.runs.features import choose_feature_shape
 from domino_jax.runs.program_costs import Traffic, count_flops, read_traffic
-from domino_jax.runs.topologies import Topology, find_topology
-from domino_jax.sharding import Layout, activate, build_layout, check_sizes
+from domino_jax.runs.topologies import Topology
+from domino_jax.sharding import Layout, activate, build_layout, check_sizes, count_device_bytes
 from domino_jax.training.draft_init import check_start
 from domino_jax.training.step import StepInputs, create_train_state
 
@@ -49,7 +49,7 @@ PUBLIC_TARGETS = {
 _ROOM_TO_WORK = 0.6
 """Share of a device that what is held between steps may fill in advice: the rest is for gradients and activations."""
 
-_WITH_ALL_MEMORY = 0.95
+MEMORY_FRACTION = 0.95
 """Share of a device's memory that JAX can be told to take."""
 
 
@@ -112,30 +112,12 @@ class TrainingPlan:
         return self.step is not None and self.step.total_bytes <= _usable_bytes(self.topology)
 
 
-def print_plan(config: RunConfig, topology_name: str) -> None:
-    """Print what a run's train step needs on a topology, and nothing else.
-
-    Raises:
-        TopologyError: the topology is unknown or cannot be described here.
-        ConfigError: the target's sizes are not known here, or the mesh does not fit topology, models or batch.
-        CheckpointError: the target's `config.json` cannot be used, or the drafter does not fit the target.
-    """
-    jax.config.update("jax_platforms", "cpu")  # real devices stay free
-    topology = find_topology(topology_name)
-    print(
-        f"\nplan for {topology.name}: {len(topology.devices)} x {topology.devices[0].device_kind}, nothing is run; "
-        "compiling takes minutes at full size",
-        flush=True,
-    )
-    print("\n".join(format_plan(plan_training(config, topology))), flush=True)
-
-
 def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
     """Return what a run's train step needs on a topology: at its widest batch, on random values.
 
     Raises:
-        ConfigError: as `print_plan`.
-        CheckpointError: as `print_plan`.
+        ConfigError: the target's sizes are not known here, or the mesh does not fit topology, models or batch.
+        CheckpointError: the target's `config.json` cannot be used, or the drafter does not fit the target.
     """
     target, origin = find_target_sizes(config)
     draft = config.draft.resolve(target, target.vocab_size - 1)  # which token masks does not matter here
@@ -271,26 +253,14 @@ def _input_shapes(config: RunConfig, target: TargetConfig, draft: DraftConfig, l
 def _held_bytes(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> tuple[int, int, int]:
     """Return a device's bytes of the target, the drafter and the rest of the training's state."""
     state = _state_shapes(config, draft)
-    whole = _device_bytes(layout.abstract(state))
-    params = _device_bytes(layout.abstract(state.params))
-    return _device_bytes(layout.abstract(_target_shapes(config, target))), params, whole - params
-
-
-def _device_bytes(tree: Any) -> int:
-    sizes = [jnp.dtype(x.dtype).itemsize * _count(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(tree)]
-    return sum(sizes)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+    whole = count_device_bytes(layout.abstract(state))
+    params = count_device_bytes(layout.abstract(state.params))
+    return count_device_bytes(layout.abstract(_target_shapes(config, target))), params, whole - params
 
 
 def _usable_bytes(topology: Topology) -> int:
     """Return what a program can have of a device's memory if JAX is told to take it."""
-    return int(topology.kind.memory_bytes * max(topology.kind.jax_share, _WITH_ALL_MEMORY))
+    return int(topology.kind.memory_bytes * max(topology.kind.jax_share, MEMORY_FRACTION))
 
 
 def _advise(
@@ -352,84 +322,3 @@ def _flags(layout: Layout) -> str:
 
 def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def format_plan(plan: TrainingPlan) -> list[str]:
-    """Return the plan as lines of text."""
-    config, layout, topology = plan.config, plan.layout, plan.topology
-    data = config.data
-    lines = [
-        f"target: {plan.target_origin}",
-        f"mesh: data {layout.num_data} x model {layout.num_model}{', fsdp' if layout.fsdp else ''}",
-        f"batch: {data.batch_size} sequences of {data.max_length} tokens in {data.micro_steps} micro-steps",
-        *(f"note: {change}" for change in plan.changes),
-        "",
-        "bytes of a device",
-        *_rows(_memory_rows(plan)),
-        "",
-    ]
-    if plan.step:
-        lines += ["a step", *_rows(_step_rows(plan, plan.step)), ""]
-        if topology.platform == "cuda" and not data.feature_cache:
-            lines.append(
-                "note: the target's attention scores are counted as written to memory; on the device cuDNN's kernel, "
-                "where it has one, writes none"
-            )
-    lines.append(_verdict(plan))
-    return lines + [f"  {one}" for one in plan.advice]
-
-
-def _memory_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
-    rows = [
-        ("target's weights", format_bytes(plan.target_bytes)),
-        ("drafter's weights (float32)", format_bytes(plan.draft_bytes)),
-        ("optimizer's moments", format_bytes(plan.moment_bytes)),
-    ]
-    step = plan.step
-    if step:
-        rows += [
-            ("arguments: those and the batch", format_bytes(step.argument_bytes)),
-            ("temporaries: gradients, features, activations, logits", format_bytes(step.temporary_bytes)),
-            ("results beside the arguments they replace", format_bytes(step.output_bytes)),
-            ("the program", format_bytes(step.code_bytes)),
-            ("in all", format_bytes(step.total_bytes)),
-        ]
-    return [*rows, ("a device has", format_bytes(plan.topology.kind.memory_bytes))]
-
-
-def _step_rows(plan: TrainingPlan, step: CompiledStep) -> list[tuple[str, str]]:
-    kind, count = plan.topology.kind, len(plan.topology.devices)
-    exchanged = step.traffic.collective_bytes
-    parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(exchanged.items()))
-    compute_s = step.flops / count / kind.flops_per_s
-    memory_s = step.traffic.moved_bytes / kind.bandwidth_bytes_per_s
-    rows = [
-        ("FLOPs of all devices", f"{step.flops / 1e12:.4g} TFLOP"),
-        ("bytes moved by a device", format_bytes(step.traffic.moved_bytes)),
-        ("collective bytes of a device", format_bytes(sum(exchanged.values())) + (f" ({parts})" if parts else "")),
-        ("at the published rates not below", f"{max(compute_s, memory_s):.3g} s "
-         f"(products {compute_s:.3g} s, memory {memory_s:.3g} s)"),
-        ("compiled in", f"{step.compile_s:.0f} s"),
-    ]  # fmt: skip
-    if step.traffic.num_unknown_loops:
-        rows.append(("loops of unknown length, counted once", str(step.traffic.num_unknown_loops)))
-    return rows
-
-
-def _verdict(plan: TrainingPlan) -> str:
-    step, kind = plan.step, plan.topology.kind
-    if step is None:
-        return f"does not fit: {plan.refusal}; instead"
-    total = format_bytes(step.total_bytes)
-    if step.total_bytes <= kind.default_bytes:
-        return f"fits: {total} of the {format_bytes(kind.default_bytes)} that JAX takes"
-    if plan.is_fitting:
-        return (
-            f"fits with XLA_CLIENT_MEM_FRACTION={_WITH_ALL_MEMORY}: {total}; JAX takes {kind.jax_share:.0%} by itself"
-        )
-    return f"does not fit: {total} of {format_bytes(kind.memory_bytes)}; instead"
-
-
-def _rows(pairs: list[tuple[str, str]]) -> list[str]:
-    width = max(len(name) for name, _ in pairs)
-    return [f"  {name:{width}}  {value}" for name, value in pairs]

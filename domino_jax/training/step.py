@@ -221,6 +221,45 @@ def _apply_update(
     )
 
 
+def _sum_gradients(
+    micro_loss: Callable[..., LossSums],
+    draft_config: DraftConfig,
+    objective: ObjectiveConfig,
+    layout: Layout | None,
+    state: TrainState,
+    target_params: Params,
+    inputs: StepInputs,
+    base_weight: Array,
+) -> tuple[Params, LossSums]:
+    """Return the gradient of the whole batch's loss and its sums, from one micro-step after the other."""
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
+
+    def part_sums(params: Params, frozen: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
+        sums = micro_loss(params, frozen, key, *arguments)
+        return [numerator for numerator, _ in mix_losses(objective, sums, base_weight)], sums
+
+    def accumulate(carry: tuple[list[Params], LossSums], arguments: tuple) -> tuple[tuple, None]:
+        params, frozen = state.params, target_params
+        if layout and layout.fsdp:
+            # Tied to the micro-step: the compiler would gather all parameters before the loop, and keep them.
+            params, frozen, arguments = jax.lax.optimization_barrier((params, frozen, arguments))
+        parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, frozen, *arguments), params, has_aux=True)
+        grads = [pull_back([jnp.float32(i == j) for j in range(len(parts))])[0] for i in range(len(parts))]
+        grads = [layout.constrain(part) for part in grads] if layout else grads
+        return (jax.tree.map(jnp.add, carry[0], grads), add_sums(carry[1], sums)), None
+
+    num_parts = len(mix_losses(objective, zero_sums(draft_config), 0.0))
+    num_micro, num_sequences = inputs.lengths.shape
+    numbers = inputs.numbers
+    if numbers is None:
+        numbers = jnp.arange(num_micro * num_sequences).reshape(num_micro, num_sequences)
+    start = ([jax.tree.map(jnp.zeros_like, state.params)] * num_parts, zero_sums(draft_config))
+    (part_grads, sums), _ = jax.lax.scan(accumulate, start, (numbers, inputs.replace(numbers=None)))
+    scales = [divide_or_zero(jnp.ones(()), den) for _, den in mix_losses(objective, sums, base_weight)]
+    grads = jax.tree.map(lambda *leaves: sum(s * g for s, g in zip(scales, leaves, strict=True)), *part_grads)
+    return grads, sums
+
+
 def make_train_step(
     target_config: TargetConfig,
     draft_config: DraftConfig,
@@ -246,38 +285,15 @@ def make_train_step(
     `skipped_in_row` as in the state.
     """
     micro_loss = _make_micro_loss(target_config, draft_config, objective, compute_dtype, target_dtype)
+    sum_gradients = partial(_sum_gradients, micro_loss, draft_config, objective, layout)
     transform = build_optimizer(optimizer)
     base_weights = base_weight_schedule(objective, num_steps)
     learning_rates = learning_rate_schedule(optimizer, num_steps)
 
     @in_full_precision
     def train_step(state: TrainState, target_params: Params, inputs: StepInputs) -> tuple[TrainState, dict[str, Array]]:
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.key_data), state.step)
         base_weight = base_weights(state.step)
-
-        def part_sums(params: Params, frozen: Params, *arguments: Any) -> tuple[list[Array], LossSums]:
-            sums = micro_loss(params, frozen, key, *arguments)
-            return [numerator for numerator, _ in mix_losses(objective, sums, base_weight)], sums
-
-        def accumulate(carry: tuple[list[Params], LossSums], arguments: tuple) -> tuple[tuple, None]:
-            params, frozen = state.params, target_params
-            if layout and layout.fsdp:
-                # Tied to the micro-step: the compiler would gather all parameters before the loop, and keep them.
-                params, frozen, arguments = jax.lax.optimization_barrier((params, frozen, arguments))
-            parts, pull_back, sums = jax.vjp(lambda p: part_sums(p, frozen, *arguments), params, has_aux=True)
-            grads = [pull_back([jnp.float32(i == j) for j in range(len(parts))])[0] for i in range(len(parts))]
-            grads = [layout.constrain(part) for part in grads] if layout else grads
-            return (jax.tree.map(jnp.add, carry[0], grads), add_sums(carry[1], sums)), None
-
-        num_parts = len(mix_losses(objective, zero_sums(draft_config), 0.0))
-        num_micro, num_sequences = inputs.lengths.shape
-        numbers = inputs.numbers
-        if numbers is None:
-            numbers = jnp.arange(num_micro * num_sequences).reshape(num_micro, num_sequences)
-        start = ([jax.tree.map(jnp.zeros_like, state.params)] * num_parts, zero_sums(draft_config))
-        (part_grads, sums), _ = jax.lax.scan(accumulate, start, (numbers, inputs.replace(numbers=None)))
-        scales = [divide_or_zero(jnp.ones(()), den) for _, den in mix_losses(objective, sums, base_weight)]
-        grads = jax.tree.map(lambda *leaves: sum(s * g for s, g in zip(scales, leaves, strict=True)), *part_grads)
+        grads, sums = sum_gradients(state, target_params, inputs, base_weight)
         metrics = compute_metrics(objective, sums, base_weight)
         grad_norm = optax.tree.norm(grads)
         has_loss, is_finite = sums.loss_den > 0, jnp.isfinite(metrics["loss"]) & jnp.isfinite(grad_norm)

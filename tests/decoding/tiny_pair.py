@@ -20,8 +20,11 @@ VOCAB, CONTEXT, BLOCK, MASK_ID = 48, 128, 5, 46
 SHARP = SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, min_p=0.02)
 
 
-def make_configs(vocab=VOCAB, context=CONTEXT, block=BLOCK, mask_id=MASK_ID, **draft_changes):
-    sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48}
+SIZES = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48}
+
+
+def make_configs(vocab=VOCAB, context=CONTEXT, block=BLOCK, mask_id=MASK_ID, sizes=None, **draft_changes):
+    sizes = sizes or SIZES
     shared = {"vocab_size": vocab, "hidden_size": 32, "max_position_embeddings": context, "rope_theta": 1e4} | sizes
     target = TargetConfig(num_hidden_layers=2, **shared)
     head = {"shift_label": True, "pure_draft_prefix_len": 1, "gru_hidden_dim": 24, "emb_dim": 16}

@@ -20,7 +20,8 @@ from domino_jax.run_config import (
     TrainConfig,
 )
 from domino_jax.runs import topologies
-from domino_jax.runs.plan import PUBLIC_TARGETS, find_target_sizes, format_plan, plan_training
+from domino_jax.runs.plan import PUBLIC_TARGETS, find_target_sizes, plan_training
+from domino_jax.runs.plan_page import format_plan
 from domino_jax.runs.topologies import DeviceKind, Topology, TopologyError, find_topology
 
 

@@ -6,14 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import build_layout
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step
-from tests.decoding.tiny_pair import draw_params, make_prompts
+from tests.decoding.tiny_pair import draw_params, make_configs, make_prompts
 
 VOCAB, CONTEXT, BLOCK, MASK_ID, NUM_NEW = 64, 128, 5, 62, 24
 PROMPTS = make_prompts([3, 17, 30, 5, 9], VOCAB)
@@ -37,17 +36,7 @@ def make_layout(data, model, fsdp=False):
 @functools.cache
 def make_pair(**draft_changes):
     sizes = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 4, "intermediate_size": 64}
-    shared = {"vocab_size": VOCAB, "hidden_size": 32, "max_position_embeddings": CONTEXT, "rope_theta": 1e4} | sizes
-    target = TargetConfig(num_hidden_layers=2, **shared)
-    head = {"shift_label": True, "pure_draft_prefix_len": 1, "gru_hidden_dim": 24, "emb_dim": 16}
-    draft = DraftConfig(
-        num_hidden_layers=1,
-        num_target_layers=2,
-        target_layer_ids=(0, 1),
-        block_size=BLOCK,
-        mask_token_id=MASK_ID,
-        **(shared | head | draft_changes),
-    )
+    target, draft = make_configs(VOCAB, CONTEXT, BLOCK, MASK_ID, sizes, **draft_changes)
     return target, draw_params(init_target_params, target, 0), draft, draw_params(init_draft_params, draft, 1)
 
 

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from domino_jax.config_flags import parse_config
 from domino_jax.run_config import MeshConfig
 from domino_jax.runs import plan as plans
-from domino_jax.runs.plan import find_target_sizes, format_plan, plan_training, trace_step
+from domino_jax.runs.plan import find_target_sizes, plan_training, trace_step
+from domino_jax.runs.plan_page import format_plan
 from domino_jax.runs.program_costs import count_flops, read_traffic
 from domino_jax.runs.topologies import DeviceKind, Topology
 from domino_jax.sharding import build_layout
