@@ -56,7 +56,8 @@ class RoundCost:
     """What a round costs, with all rows running.
 
     Attributes:
-        draft_share: part of it that drafting takes; 0 for plain steps.
+        draft_share: part of it that drafting takes; 0 for plain steps. Drafting is timed in a call of its own, so for a tiny
+            model, whose rounds cost less than a call, the part is told too large, up to 1.
     """
 
     seconds: float
