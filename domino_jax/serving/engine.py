@@ -21,7 +21,7 @@ from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, f
 from domino_jax.serving.scheduler import Scheduler
 from domino_jax.serving.sequence import PromptRun, ServedSequence
 from domino_jax.serving.slot_batch import SlotBatch
-from domino_jax.serving.width_policy import WidthPolicy
+from domino_jax.serving.width_policy import ServedCall, WidthPolicy
 
 _CALLS_BEFORE_SHRINKING = 8
 """Calls in a row that a smaller batch would have held; moving slots costs about as much as a round."""
@@ -311,7 +311,7 @@ class SlotEngine:
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
         size = self._choose_block_size(running, manner)
-        drafted = self._choose_drafted(running) if size > 1 else set()
+        drafted, has_caught_up = self._choose_drafted(running) if size > 1 else (set(), False)
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
         cost = self.programs.costs[self._batch.shape, size, manner]
@@ -328,6 +328,8 @@ class SlotEngine:
         self.policy.observe(size, accepted)
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
+        if not has_caught_up:  # the time of that would be counted as the call's
+            self.policy.observe_call(self._batch.shape, size, ServedCall(num_run, call_s, num_run * cost.seconds))
         return call_s
 
     def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
@@ -337,13 +339,18 @@ class SlotEngine:
         shape = self._batch.shape
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
         call_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
-        return self.policy.choose(costs, call_rounds, num_drafted, len(running) - num_drafted)
+        # A free slot stands still until a client's next request has come; where others wait for slots, none is free.
+        has_free = len(self._sequences) < self._ladders.rows[-1]
+        return self.policy.choose(shape, costs, call_rounds, num_drafted, len(running) - num_drafted, has_free)
 
-    def _choose_drafted(self, running: list[ServedSequence]) -> set[int]:
-        """Return the slots to draft for: of the sequences that want it, those whose draft's context is complete."""
+    def _choose_drafted(self, running: list[ServedSequence]) -> tuple[set[int], bool]:
+        """Return the slots to draft for, and whether contexts of drafts were filled for it.
+
+        Drafted for are, of the sequences that want it, those whose draft's context is complete.
+        """
         wanting = [s for s in running if s.request.use_draft]
-        self._known_tokens.catch_up(wanting)
-        return {s.slot for s in wanting if not s.missing}
+        has_caught_up = self._known_tokens.catch_up(wanting)
+        return {s.slot for s in wanting if not s.missing}, has_caught_up
 
     def _read_row(
         self, sequence: ServedSequence, result: CallResult, size: int, is_drafted: bool, accepted: list[int]

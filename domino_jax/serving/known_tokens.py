@@ -66,16 +66,20 @@ class KnownTokens:
         run.done_len = min(start + length, len(sequence.tokens))
         return hidden, start
 
-    def catch_up(self, sequences: Iterable[ServedSequence]) -> None:
+    def catch_up(self, sequences: Iterable[ServedSequence]) -> bool:
         """Fill the drafts' contexts as far as the budget goes, at least by a short chunk whatever prompts have taken.
+
+        Returns whether anything was missing.
 
         Who lacks least comes first, so that as many as possible can be drafted for soon.
         """
         self.budget = max(self.budget, CHUNK_LENGTHS[0])
-        for sequence in sorted((s for s in sequences if s.missing), key=lambda s: len(s.missing)):
+        lacking = sorted((s for s in sequences if s.missing), key=lambda s: len(s.missing))
+        for sequence in lacking:
             if self.budget <= 0:
-                return
+                break
             chunks = split_into_chunks(min(len(sequence.missing), self.budget))
             self._batch.rerun(sequence.slot, sequence.missing.start, chunks)
             sequence.missing = sequence.missing[sum(chunks) :]
             self.budget -= sum(chunks)
+        return bool(lacking)

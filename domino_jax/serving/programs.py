@@ -8,7 +8,6 @@ Source: ahead-of-time compilation of JAX (`jit(f).lower(shapes).compile()`).
 
 import itertools
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -56,8 +55,8 @@ class RoundCost:
     """What a round costs, with all rows running.
 
     Attributes:
-        draft_share: part of it that drafting takes; 0 for plain steps. Drafting is timed in a call of its own, so for a tiny
-            model, whose rounds cost less than a call, the part is told too large, up to 1.
+        draft_share: part of it that drafting takes; 0 for plain steps. Drafting is timed in a call of its own, so for a
+            tiny model, whose rounds cost less than a call, the part is told too large, up to 1.
     """
 
     seconds: float
@@ -268,8 +267,8 @@ class Programs:
         """Time a round of every shape, block size and manner of sampling, all rows running.
 
         A round is timed in calls of as many rounds as serving makes: what a call costs by itself is shared by them.
-        Returns early where `is_stopped`. The block sizes take turns, so that a noisy machine hits all of them; medians
-        count.
+        Returns early where `is_stopped`. The block sizes take turns, so that a noisy machine hits all of them; the
+        fastest time counts, which noise changes least.
         """
         sizes = self.ladders.block_sizes
         for shape, manner in itertools.product(self.ladders.shapes, _SAMPLING):
@@ -293,8 +292,8 @@ class Programs:
                     round_s[size].append(call_s / max(int(np.max(result.num_rounds)), 1))
                     num_rounds[size] = self.count_call_rounds(round_s[size][-1])
             for size in sizes:
-                seconds = statistics.median(round_s[size][1:])
-                share = min(statistics.median(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
+                seconds = min(round_s[size][1:])
+                share = min(min(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
                 self.costs[shape, size, manner] = RoundCost(seconds, share)
 
     def count_call_rounds(self, round_s: float) -> int:

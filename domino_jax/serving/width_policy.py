@@ -1,24 +1,55 @@
 """Which block size the next rounds use: the one that is expected to give most tokens a second at the present load.
 
 The cost of a round is measured at warm-up; what a round brings is known from how far drafts survived in past rounds.
-Two things that drafting does not shorten make it worth less under load, and both weigh by the length of sequences: a
-slot stands still from the end of its sequence to the end of the call, and prompts are run and answers handed on between
-calls. The choice never looks at the tokens it decides about, so it changes how fast a text comes and not which.
+Under load three things make drafting worth more or less than that. A call takes longer than its rounds did at warm-up,
+by about as much whatever they are: the tokens of the call before are being sent meanwhile, and calls that bring fewer
+tokens suffer more from it. A slot stands still from the end of its sequence until its client's next request has come;
+prompts are run and answers handed on between calls. Drafting shortens neither of these two, and both weigh by the
+length of sequences. The choice never looks at the tokens it decides about: it changes how fast a text comes, not which.
 Standard library only.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 
 _SURVIVAL_START = 0.88
 """A fresh drafter is taken to keep each further token with this chance: high, so that it gets tried."""
-_RATE = 0.01
+_RATE = 0.003
 """Weight of one row's round in the running means of survival."""
-_FORGETTING = 0.001
+_FORGETTING = 0.0002
 """Share of the way back to the start that the means go in a round that is plain by choice, where nothing is learned."""
 _LENGTH_RATE = 0.05
 """Weight of one finished sequence in the running means of lengths and of time between calls."""
+_CALL_RATE, _CALL_DRIFT = 0.03, 0.002
+"""Weight of one call in the running means of its block size's calls, and in the excess of other block sizes."""
 _ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.02, 1.0
 """Drafting has to promise that much more than plain decoding; to begin means to catch contexts up."""
+
+
+@dataclass(frozen=True)
+class ServedCall:
+    """What a call of rounds took, or running means of it.
+
+    Attributes:
+        num_rounds: rounds of the call.
+        call_s: seconds of the call.
+        warm_up_s: seconds that as many rounds took at warm-up.
+    """
+
+    num_rounds: float
+    call_s: float
+    warm_up_s: float
+
+    @property
+    def excess_s(self) -> float:
+        """Seconds that the call took beyond what its rounds took at warm-up."""
+        return self.call_s - self.warm_up_s
+
+    def move(self, towards: "ServedCall", rate: float) -> "ServedCall":
+        """Return means moved by a share `rate` of the way."""
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(towards), strict=True)
+        return ServedCall(*(mean + rate * (now - mean) for mean, now in pairs))
 
 
 class WidthPolicy:
@@ -38,6 +69,7 @@ class WidthPolicy:
         self.mean_len: float | None = None
         self.between_s = 0.0
         self._not_yet_shared_s = 0.0
+        self._calls: dict[tuple[Hashable, int], ServedCall] = {}
         self._last = max(self._num_drafts)
         self._is_plain_by_choice = False
 
@@ -46,24 +78,35 @@ class WidthPolicy:
         return 1.0 + sum(self.survival[: self._num_drafts[block_size]])
 
     def choose(
-        self, round_s: Mapping[int, float], call_rounds: Mapping[int, int], num_drafted: int, num_plain: int
+        self,
+        shape: Hashable,
+        round_s: Mapping[int, float],
+        call_rounds: Mapping[int, int],
+        num_drafted: int,
+        num_plain: int,
+        has_free: bool,
     ) -> int:
         """Return the block size for rounds of `num_drafted` rows that are drafted for and `num_plain` that are not.
 
-        For every block size `round_s` holds the seconds of a round and `call_rounds` the rounds of a call.
+        For every block size `round_s` holds the seconds that a round of this shape took at warm-up and `call_rounds`
+        the rounds of a call. True `has_free`: not all slots are taken; one that becomes free waits for a request.
         """
         if num_drafted == 0:
             self._is_plain_by_choice = False
             return 1
 
-        def with_pause(tokens_a_round: float, block_size: int) -> float:
-            pause = (call_rounds[block_size] + 1) / 2
-            return tokens_a_round if self.mean_len is None else 1 / (1 / tokens_a_round + pause / self.mean_len)
-
         def tokens_per_s(block_size: int) -> float:
-            drafted = with_pause(self.expected_tokens(block_size), block_size)
-            rate = (num_drafted * drafted + num_plain * with_pause(1.0, block_size)) / round_s[block_size]
-            return rate if self.mean_len is None else 1 / (1 / rate + self.between_s / self.mean_len)
+            own = self._calls.get((shape, block_size))
+            known = own or self._calls.get((shape, self._last))
+            num_rounds = own.num_rounds if own else call_rounds[block_size]
+            seconds = round_s[block_size] + (known.excess_s / num_rounds if known else 0.0)
+            if self.mean_len is None:
+                return (num_drafted * self.expected_tokens(block_size) + num_plain) / seconds
+            # Rounds that a slot stands still for: half of the rest of the call its sequence ends in, and the next one.
+            pause = (3 * num_rounds - 1) / 2 if has_free else 0.0
+            drafted = 1 / (1 / self.expected_tokens(block_size) + pause / self.mean_len)
+            plain = 1 / (1 + pause / self.mean_len)
+            return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + self.between_s / self.mean_len)
 
         best = max(round_s, key=lambda size: (tokens_per_s(size), size))
         advantage = _ADVANTAGE_TO_BEGIN if self._last == 1 else _ADVANTAGE_TO_GO_ON
@@ -86,6 +129,18 @@ class WidthPolicy:
             self.between_s += _LENGTH_RATE * (self._not_yet_shared_s / num_ended - self.between_s)
         if num_ended:
             self._not_yet_shared_s = 0.0
+
+    def observe_call(self, shape: Hashable, block_size: int, call: ServedCall) -> None:
+        """Learn from a call; what is known of other block sizes at this shape drifts towards it, lest it grow old."""
+        before = self._calls.get((shape, block_size))
+        if before is None:
+            other = self._calls.get((shape, self._last)) or call
+            before = dataclasses.replace(call, call_s=call.warm_up_s + other.excess_s)
+        self._calls[shape, block_size] = before.move(call, _CALL_RATE)
+        for key, means in self._calls.items():
+            if key[0] == shape and key[1] != block_size:
+                drift_s = _CALL_DRIFT * (call.excess_s - means.excess_s)
+                self._calls[key] = dataclasses.replace(means, call_s=means.call_s + drift_s)
 
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
         """Learn from the drafts that every drafted-for row of a round accepted and kept."""
