@@ -21,7 +21,7 @@ from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, f
 from domino_jax.serving.scheduler import Scheduler
 from domino_jax.serving.sequence import PromptRun, ServedSequence
 from domino_jax.serving.slot_batch import SlotBatch
-from domino_jax.serving.width_policy import ServedCall, WidthPolicy
+from domino_jax.serving.width_policy import WidthPolicy
 
 _CALLS_BEFORE_SHRINKING = 8
 """Calls in a row that a smaller batch would have held; moving slots costs about as much as a round."""
@@ -217,17 +217,17 @@ class SlotEngine:
         began = time.perf_counter()
         self._take_cancellations()
         self._admit()
-        self._run_prompts()
+        has_prompts = any(not s.is_running for s in self._sequences.values())
+        num_begun = self._run_prompts()
         self._deliver_events()  # first tokens do not wait for the rounds of others
-        num_before = len(self._sequences)
         rounds_s = self._run_rounds()
-        num_ended = num_before - len(self._sequences)
         self._deliver_events()
         used = sum(len(s.tokens) for s in self._sequences.values())
         self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
         step_s = time.perf_counter() - began
         self._busy_s += step_s
-        self.policy.observe_between(step_s - rounds_s, num_ended)
+        if rounds_s > 0:
+            self.policy.observe_between(self._batch.shape, step_s - rounds_s, num_begun, has_prompts)
 
     def _deliver_events(self) -> None:
         events, self._events = self._events, []
@@ -274,15 +274,18 @@ class SlotEngine:
 
     # Prompts
 
-    def _run_prompts(self) -> None:
-        """Run prompts, oldest first, as far as the budget of the step goes."""
+    def _run_prompts(self) -> int:
+        """Run prompts, oldest first, as far as the budget of the step goes; return how many are done."""
         self._known_tokens.begin_step()
+        num_done = 0
         for sequence in [s for s in self._sequences.values() if not s.is_running]:
             if self._known_tokens.budget <= 0:
-                return
+                break
             done = self._known_tokens.run_prompt(sequence)
             if done is not None:
                 self._events.append(self._finish_prompt(sequence, *done))
+                num_done += 1
+        return num_done
 
     def _finish_prompt(self, sequence: ServedSequence, run: PromptRun, result: CallResult) -> TokenEvent:
         """Take the first token and let the sequence run; return its first event."""
@@ -310,14 +313,11 @@ class SlotEngine:
             return 0.0
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
-        size = self._choose_block_size(running, manner)
+        size, num_rounds = self._choose_rounds(running, manner)
         drafted, has_caught_up = self._choose_drafted(running) if size > 1 else (set(), False)
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
         cost = self.programs.costs[self._batch.shape, size, manner]
-        # Whoever comes, or wants his prompt run, waits for the end of the call.
-        has_prompts = len(running) < len(self._sequences)
-        num_rounds = 1 if has_prompts else self.programs.count_call_rounds(cost.seconds)
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
@@ -329,19 +329,23 @@ class SlotEngine:
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
         if not has_caught_up:  # the time of that would be counted as the call's
-            self.policy.observe_call(self._batch.shape, size, ServedCall(num_run, call_s, num_run * cost.seconds))
+            self.policy.observe_call(self._batch.shape, size, call_s - num_run * cost.seconds)
         return call_s
 
-    def _choose_block_size(self, running: list[ServedSequence], manner: Manner) -> int:
+    def _choose_rounds(self, running: list[ServedSequence], manner: Manner) -> tuple[int, int]:
+        """Return the block size and the rounds of the next call."""
         num_drafted = sum(s.request.use_draft for s in running)
+        shape, sizes = self._batch.shape, self._ladders.block_sizes
         if not self._config.is_adaptive:
-            return self._ladders.block_sizes[0] if num_drafted else 1
-        shape = self._batch.shape
-        costs = {size: self.programs.costs[shape, size, manner].seconds for size in self._ladders.block_sizes}
-        call_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
+            sizes = sizes[:1] if num_drafted else sizes[-1:]
+        costs = {size: self.programs.costs[shape, size, manner].seconds for size in sizes}
+        max_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
         # A free slot stands still until a client's next request has come; where others wait for slots, none is free.
         has_free = len(self._sequences) < self._ladders.rows[-1]
-        return self.policy.choose(shape, costs, call_rounds, num_drafted, len(running) - num_drafted, has_free)
+        num_plain = len(running) - num_drafted
+        size, num_rounds = self.policy.choose(shape, costs, max_rounds, num_drafted, num_plain, has_free)
+        # Who wants his prompt run waits for the end of the call.
+        return size, num_rounds if len(running) == len(self._sequences) else 1
 
     def _choose_drafted(self, running: list[ServedSequence]) -> tuple[set[int], bool]:
         """Return the slots to draft for, and whether contexts of drafts were filled for it.

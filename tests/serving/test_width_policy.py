@@ -1,6 +1,6 @@
 import pytest
 
-from domino_jax.serving.width_policy import ServedCall, WidthPolicy
+from domino_jax.serving.width_policy import WidthPolicy
 
 NUM_DRAFTS = {12: 12, 6: 6, 1: 0}
 ONE_ROUND = {12: 1, 6: 1, 1: 1}
@@ -13,8 +13,15 @@ def make_policy(tokens_a_round):
     return policy
 
 
-def choose(policy, costs, call_rounds, num_drafted, num_plain, has_free=True):
-    return policy.choose("a shape", costs, call_rounds, num_drafted, num_plain, has_free)
+def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
+    size, num_rounds = policy.choose("a shape", costs, max_rounds, num_drafted, num_plain, has_free)
+    assert 1 <= num_rounds <= max_rounds[size]
+    return size
+
+
+def observe_calls(policy, size, excess_s, repeats=300):
+    for _ in range(repeats):
+        policy.observe_call("a shape", size, excess_s)
 
 
 def test_expected_tokens_follow_the_drafts_that_survive():
@@ -84,15 +91,39 @@ def test_short_sequences_make_rounds_dearer():
     assert choose(policy, costs, ONE_ROUND, 4, 0) != 1
 
 
-def test_a_slot_stands_still_to_the_end_of_a_call():
-    costs = {12: 9.0, 6: 4.0, 1: 1.0}
+def test_a_slot_stands_still_to_the_end_of_the_next_call():
     policy = make_policy(5)
     policy.observe_end(20)
-    # 20 tokens: 4 rounds of 4.0 and one more against 20 of 1.0 and one more; with longer calls to wait for they lose.
-    assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
-    assert choose(policy, costs, {12: 5, 6: 5, 1: 1}, 4, 0) == 1
-    # Where all slots are taken, others wait for them and none stands still.
-    assert choose(policy, costs, {12: 5, 6: 5, 1: 1}, 4, 0, has_free=False) == 6
+    # 20 tokens: 4 rounds of 4.0 and one more against 20 of 1.0 and one more.
+    assert choose(policy, {12: 9.0, 6: 4.0, 1: 1.0}, ONE_ROUND, 4, 0) == 6
+    assert choose(policy, {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 4, 0) == 1
+    # Where all slots are taken, others wait for them and none stands still; a single sequence ends its call.
+    assert choose(policy, {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 4, 0, has_free=False) == 6
+    assert choose(make_policy(5), {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 1, 0) == 6
+
+
+def test_calls_are_as_long_as_pays():
+    costs, at_most = {6: 4.0, 1: 1.0}, {6: 4, 1: 4}
+    policy = make_policy(5)
+    assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 4)  # no sequence has ended yet
+    policy.observe_end(20)
+    # Nothing is lost between calls: the shortest let the least slots stand still.
+    assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 1)
+    assert policy.choose("a shape", costs, at_most, 1, 0, True) == (6, 4)
+    assert policy.choose("a shape", costs, at_most, 4, 0, False) == (6, 4)
+    # 4 s more for every call: for 20 tokens 4 + 1 rounds of 4 + 4, or 4 + 2.5 of 4 + 2, or 4 + 4 of 4 + 1.33.
+    observe_calls(policy, 6, 4.0)
+    assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 2)
+    for _ in range(300):
+        policy.observe_end(2000)
+    assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 4)
+
+
+def test_plain_requests_get_plain_rounds_of_a_length_that_pays():
+    policy = make_policy(5)
+    policy.observe_end(20)
+    assert policy.choose("a shape", {6: 4.0, 1: 1.0}, {6: 4, 1: 4}, 0, 4, True) == (1, 1)
+    assert policy.choose("a shape", {6: 4.0}, {6: 4}, 4, 0, True) == (6, 1)  # a single block size, whatever it costs
 
 
 def test_time_between_calls_is_not_shortened_by_drafting():
@@ -100,15 +131,27 @@ def test_time_between_calls_is_not_shortened_by_drafting():
     policy = make_policy(5)
     for _ in range(200):
         policy.observe_end(1000)
-        policy.observe_between(0.5, 0)
-        policy.observe_between(1.5, 2)
-    assert policy.between_s == pytest.approx(1.0, abs=0.01)
+        policy.observe_between("a shape", 0.5, 0, True)
+        policy.observe_between("a shape", 1.5, 2, True)
+    assert policy.prompt_s == pytest.approx(1.0, abs=0.01)
     assert choose(policy, poor, ONE_ROUND, 1, 0) == 1
     assert choose(policy, good, ONE_ROUND, 1, 0) == 6
     for _ in range(200):
-        policy.observe_between(20_000.0, 1)
+        policy.observe_between("a shape", 20_000.0, 1, True)
     assert choose(policy, poor, ONE_ROUND, 1, 0) == 1
     assert choose(policy, good, ONE_ROUND, 1, 0) == 1
+
+
+def test_what_every_call_takes_is_not_the_prompts():
+    costs, at_most = {6: 4.0, 1: 1.0}, {6: 4, 1: 4}
+    policy = make_policy(5)
+    policy.observe_end(20)
+    for _ in range(300):
+        policy.observe_between("a shape", 4.0, 0, False)
+        policy.observe_between("a shape", 7.0, 1, True)
+    assert policy.prompt_s == pytest.approx(3.0, abs=0.01)
+    # Between calls as beyond their rounds: shared by the rounds of a call.
+    assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 2)
 
 
 def test_nothing_is_forgotten_while_nobody_wants_drafts():
@@ -120,25 +163,20 @@ def test_nothing_is_forgotten_while_nobody_wants_drafts():
     assert policy.survival == before
 
 
-def observe_calls(policy, size, excess_s, num_rounds=4, shape="a shape", repeats=300):
-    for _ in range(repeats):
-        policy.observe_call(shape, size, ServedCall(num_rounds, num_rounds * 1.0 + excess_s, num_rounds * 1.0))
-
-
 def test_what_calls_take_beyond_their_rounds_weighs_by_the_rounds_of_a_call():
-    costs, call_rounds = {12: 9.0, 6: 5.5, 1: 1.0}, {12: 1, 6: 1, 1: 1}
+    costs = {12: 9.0, 6: 5.5, 1: 1.0}
     policy = make_policy(5)
-    assert choose(policy, costs, call_rounds, 4, 0) == 1
+    assert choose(policy, costs, ONE_ROUND, 4, 0) == 1
     # A second more for every call: 6.5 for 5 tokens against 2.0 for one.
-    observe_calls(policy, 1, 1.0, num_rounds=1)
-    assert choose(policy, costs, call_rounds, 4, 0) == 6
-    assert policy.choose("another shape", costs, call_rounds, 4, 0, True) == 1
+    observe_calls(policy, 1, 1.0)
+    assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
+    assert policy.choose("another shape", costs, ONE_ROUND, 4, 0, True) == (1, 1)
 
 
 def test_a_block_size_whose_calls_were_slow_is_tried_again_after_many_calls_of_another():
     costs = {12: 9.0, 6: 4.0, 1: 1.0}
     policy = make_policy(5)
-    observe_calls(policy, 6, 8.0, num_rounds=1)
+    observe_calls(policy, 6, 8.0)
     observe_calls(policy, 1, 0.0, repeats=1)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 1
     observe_calls(policy, 1, 0.0, repeats=3000)
