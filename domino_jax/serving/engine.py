@@ -214,20 +214,20 @@ class SlotEngine:
             return self._state != "stopped"
 
     def _step(self) -> None:
-        began = time.perf_counter()
+        began, shape = time.perf_counter(), self._batch.shape
         self._take_cancellations()
         self._admit()
         has_prompts = any(not s.is_running for s in self._sequences.values())
         num_begun = self._run_prompts()
         self._deliver_events()  # first tokens do not wait for the rounds of others
-        rounds_s = self._run_rounds()
+        size, rounds_s = self._run_rounds()
         self._deliver_events()
         used = sum(len(s.tokens) for s in self._sequences.values())
         self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
         step_s = time.perf_counter() - began
         self._busy_s += step_s
-        if rounds_s > 0:
-            self.policy.observe_between(self._batch.shape, step_s - rounds_s, num_begun, has_prompts)
+        if rounds_s > 0 and shape == self._batch.shape:  # a change takes long and comes seldom
+            self.policy.observe_between(shape, size, step_s - rounds_s, num_begun, has_prompts)
 
     def _deliver_events(self) -> None:
         events, self._events = self._events, []
@@ -306,11 +306,11 @@ class SlotEngine:
 
     # Rounds
 
-    def _run_rounds(self) -> float:
-        """Run a call of rounds and read its results; return its seconds on the device."""
+    def _run_rounds(self) -> tuple[int, float]:
+        """Run a call of rounds and read its results; return its block size and its seconds on the device."""
         running = [s for s in self._sequences.values() if s.is_running]
         if not running:
-            return 0.0
+            return 1, 0.0
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
         size, num_rounds = self._choose_rounds(running, manner)
@@ -330,7 +330,7 @@ class SlotEngine:
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
         if not has_caught_up:  # the time of that would be counted as the call's
             self.policy.observe_call(self._batch.shape, size, call_s - num_run * cost.seconds)
-        return call_s
+        return size, call_s
 
     def _choose_rounds(self, running: list[ServedSequence], manner: Manner) -> tuple[int, int]:
         """Return the block size and the rounds of the next call."""
@@ -340,8 +340,8 @@ class SlotEngine:
             sizes = sizes[:1] if num_drafted else sizes[-1:]
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in sizes}
         max_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
-        # A free slot stands still until a client's next request has come; where others wait for slots, none is free.
-        has_free = len(self._sequences) < self._ladders.rows[-1]
+        # A slot stands still until its client's next request has come, unless others wait for it or it is the only one.
+        has_free = len(self._sequences) < self._ladders.rows[-1] and shape.rows > 1
         num_plain = len(running) - num_drafted
         size, num_rounds = self.policy.choose(shape, costs, max_rounds, num_drafted, num_plain, has_free)
         # Who wants his prompt run waits for the end of the call.

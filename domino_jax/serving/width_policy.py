@@ -2,11 +2,11 @@
 
 The cost of a round is measured at warm-up; what a round brings is known from how far drafts survived in past rounds.
 Under load there is more to it. A call takes longer than its rounds did at warm-up, by about as much whatever they are:
-tokens are handed on after it, and are still being sent when the next one runs. So a call should bring many tokens. But a slot stands still from
-the end of its sequence until its client's next request has come, which waits for the end of a call: the more rounds,
-the longer. And prompts are run between calls. Drafting shortens neither of the last two; both
-weigh by the length of sequences. The choice never looks at the tokens it decides about: it changes how fast a text
-comes, not which. Standard library only.
+tokens are handed on after it and still sent while the next one runs. So a call should bring many tokens. But a slot
+stands still from the end of its sequence until its client's next request has come, which waits for the end of a call:
+the more rounds, the longer. And prompts are run between calls. Drafting shortens neither of the last two; both weigh by
+the length of sequences. The choice never looks at the tokens it decides about: it changes how fast a text comes, not
+which. Standard library only.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -20,9 +20,10 @@ _FORGETTING = 0.0002
 _LENGTH_RATE = 0.05
 """Weight of one sequence in the running means of lengths and of time between calls."""
 _CALL_RATE, _CALL_DRIFT = 0.03, 0.002
-"""Weight of one call in the running mean of its block size's excess, and in those of other block sizes."""
-_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.02, 1.0
-"""Drafting has to promise that much more than plain decoding; to begin means to catch contexts up."""
+"""Weight of one call in the running means of its block size, and in those of others."""
+_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 0.97
+"""Drafting has to promise that much more than plain decoding: to begin means to catch contexts up, estimates waver, and
+to change often costs more than a few percent less for a while."""
 
 
 class WidthPolicy:
@@ -31,7 +32,8 @@ class WidthPolicy:
     Attributes:
         survival: for k = 1 ..: chance that at least k drafts of a block are accepted and kept.
         mean_len: new tokens of a sequence; None until one has ended.
-        prompt_s: seconds outside calls for every sequence that begins.
+        prompt_s: seconds outside calls for every sequence that begins, where rounds are drafted for (True) or plain
+            (False): more of what was drafted for is kept for others.
     """
 
     def __init__(self, num_draft_tokens: Mapping[int, int]) -> None:
@@ -40,7 +42,7 @@ class WidthPolicy:
         self._start = [_SURVIVAL_START**k for k in range(1, max(self._num_drafts.values()) + 1)]
         self.survival = list(self._start)
         self.mean_len: float | None = None
-        self.prompt_s = 0.0
+        self.prompt_s: dict[bool, float] = {}
         self._not_yet_shared_s = 0.0
         self._between_s: dict[Hashable, float] = {}
         self._excess_s: dict[tuple[Hashable, int], float] = {}
@@ -63,12 +65,10 @@ class WidthPolicy:
         """Return block size and rounds of a call in which `num_drafted` rows are drafted for and `num_plain` are not.
 
         For every block size that may be taken, `round_s` holds the seconds that a round of this shape took at warm-up
-        and `max_rounds` the most rounds of a call. True `has_free`: not all slots are taken; one that becomes free
-        waits for a request.
+        and `max_rounds` the most rounds of a call. True `has_free`: a slot that becomes free waits for a request while
+        others run.
         """
         sizes = [size for size in round_s if size == 1 or num_drafted > 0]
-        # The call of a single sequence ends with it.
-        has_pause = has_free and num_drafted + num_plain > 1
 
         def tokens_per_s(block_size: int, num_rounds: int) -> float:
             call_s = self.excess_s(shape, block_size) + self._between_s.get(shape, 0.0)
@@ -76,10 +76,11 @@ class WidthPolicy:
             if self.mean_len is None:
                 return (num_drafted * self.expected_tokens(block_size) + num_plain) / seconds
             # Rounds that a slot stands still for: half of the rest of the call its sequence ends in, and the next one.
-            pause = (3 * num_rounds - 1) / 2 if has_pause else 0.0
+            pause = (3 * num_rounds - 1) / 2 if has_free else 0.0
             drafted = 1 / (1 / self.expected_tokens(block_size) + pause / self.mean_len)
             plain = 1 / (1 + pause / self.mean_len)
-            return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + self.prompt_s / self.mean_len)
+            prompt_s = self.prompt_s.get(block_size > 1, self.prompt_s.get(self._last > 1, 0.0))
+            return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + prompt_s / self.mean_len)
 
         options = [(size, num_rounds) for size in sizes for num_rounds in range(1, max_rounds[size] + 1)]
         best = max(options, key=lambda option: (tokens_per_s(*option), *option))
@@ -106,17 +107,27 @@ class WidthPolicy:
             self.mean_len = float(num_tokens)
         self.mean_len += _LENGTH_RATE * (num_tokens - self.mean_len)
 
-    def observe_between(self, shape: Hashable, seconds: float, num_begun: int, has_prompts: bool) -> None:
-        """Learn from the seconds before and after a call; `num_begun` sequences began, True `has_prompts`: prompts ran."""
+    def observe_between(
+        self, shape: Hashable, block_size: int, seconds: float, num_begun: int, has_prompts: bool
+    ) -> None:
+        """Learn from the seconds before and after a call; `num_begun` sequences began.
+
+        True `has_prompts`: prompts were run. What is known of the other manner of rounds drifts, lest it grow old.
+        """
         each_call_s = self._between_s.get(shape, 0.0 if has_prompts else seconds)
         if not has_prompts:
             self._between_s[shape] = each_call_s + _CALL_RATE * (seconds - each_call_s)
             return
         self._not_yet_shared_s += seconds - each_call_s
+        if not num_begun:
+            return
+        each_s, self._not_yet_shared_s = self._not_yet_shared_s / num_begun, 0.0
+        own, other = block_size > 1, block_size == 1
         for _ in range(num_begun):
-            self.prompt_s += _LENGTH_RATE * (self._not_yet_shared_s / num_begun - self.prompt_s)
-        if num_begun:
-            self._not_yet_shared_s = 0.0
+            before_s = self.prompt_s.get(own, self.prompt_s.get(other, each_s))
+            self.prompt_s[own] = before_s + _LENGTH_RATE * (each_s - before_s)
+            if other in self.prompt_s:
+                self.prompt_s[other] += _CALL_DRIFT * (each_s - self.prompt_s[other])
 
     def observe_call(self, shape: Hashable, block_size: int, excess_s: float) -> None:
         """Learn from the seconds that a call took beyond what its rounds took at warm-up.

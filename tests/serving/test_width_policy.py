@@ -97,9 +97,8 @@ def test_a_slot_stands_still_to_the_end_of_the_next_call():
     # 20 tokens: 4 rounds of 4.0 and one more against 20 of 1.0 and one more.
     assert choose(policy, {12: 9.0, 6: 4.0, 1: 1.0}, ONE_ROUND, 4, 0) == 6
     assert choose(policy, {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 4, 0) == 1
-    # Where all slots are taken, others wait for them and none stands still; a single sequence ends its call.
+    # Where all slots are taken, others wait for them and none stands still.
     assert choose(policy, {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 4, 0, has_free=False) == 6
-    assert choose(make_policy(5), {12: 9.0, 6: 4.5, 1: 1.0}, ONE_ROUND, 1, 0) == 6
 
 
 def test_calls_are_as_long_as_pays():
@@ -109,7 +108,6 @@ def test_calls_are_as_long_as_pays():
     policy.observe_end(20)
     # Nothing is lost between calls: the shortest let the least slots stand still.
     assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 1)
-    assert policy.choose("a shape", costs, at_most, 1, 0, True) == (6, 4)
     assert policy.choose("a shape", costs, at_most, 4, 0, False) == (6, 4)
     # 4 s more for every call: for 20 tokens 4 + 1 rounds of 4 + 4, or 4 + 2.5 of 4 + 2, or 4 + 4 of 4 + 1.33.
     observe_calls(policy, 6, 4.0)
@@ -131,13 +129,13 @@ def test_time_between_calls_is_not_shortened_by_drafting():
     policy = make_policy(5)
     for _ in range(200):
         policy.observe_end(1000)
-        policy.observe_between("a shape", 0.5, 0, True)
-        policy.observe_between("a shape", 1.5, 2, True)
-    assert policy.prompt_s == pytest.approx(1.0, abs=0.01)
+        policy.observe_between("a shape", 6, 0.5, 0, True)
+        policy.observe_between("a shape", 6, 1.5, 2, True)
+    assert policy.prompt_s == {True: pytest.approx(1.0, abs=0.01)}
     assert choose(policy, poor, ONE_ROUND, 1, 0) == 1
     assert choose(policy, good, ONE_ROUND, 1, 0) == 6
     for _ in range(200):
-        policy.observe_between("a shape", 20_000.0, 1, True)
+        policy.observe_between("a shape", 6, 20_000.0, 1, True)
     assert choose(policy, poor, ONE_ROUND, 1, 0) == 1
     assert choose(policy, good, ONE_ROUND, 1, 0) == 1
 
@@ -147,11 +145,27 @@ def test_what_every_call_takes_is_not_the_prompts():
     policy = make_policy(5)
     policy.observe_end(20)
     for _ in range(300):
-        policy.observe_between("a shape", 4.0, 0, False)
-        policy.observe_between("a shape", 7.0, 1, True)
-    assert policy.prompt_s == pytest.approx(3.0, abs=0.01)
+        policy.observe_between("a shape", 6, 4.0, 0, False)
+        policy.observe_between("a shape", 6, 7.0, 1, True)
+    assert policy.prompt_s == {True: pytest.approx(3.0, abs=0.01)}
     # Between calls as beyond their rounds: shared by the rounds of a call.
     assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 2)
+
+
+def test_the_time_of_prompts_is_learned_of_drafting_and_of_plain_rounds():
+    costs = {12: 9.0, 6: 4.5, 1: 1.0}
+    policy = make_policy(5)
+    policy.observe_end(1000)
+    policy.observe_between("a shape", 6, 100.0, 1, True)
+    assert choose(policy, costs, ONE_ROUND, 1, 0) == 6
+    for _ in range(200):
+        policy.observe_between("a shape", 6, 300.0, 1, True)
+        policy.observe_between("a shape", 1, 100.0, 1, True)
+    # 900 of rounds and 300 of the rest against 1000 and 100.
+    assert choose(policy, costs, ONE_ROUND, 1, 0) == 1
+    for _ in range(3000):
+        policy.observe_between("a shape", 1, 100.0, 1, True)
+    assert choose(policy, costs, ONE_ROUND, 1, 0) == 6
 
 
 def test_nothing_is_forgotten_while_nobody_wants_drafts():
