@@ -49,10 +49,12 @@ def test_programs_of_the_commands_exist(repository, readme):
     assert [program for program in programs if not (repository / program).is_file()] == []
 
 
-def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/export.md", 1)])
+def test_configurations_of_the_commands_parse(repository, page, count, monkeypatch):
     monkeypatch.chdir(repository)
-    commands = [shlex.split(c) for c in shell_commands(readme) if re.match(r"python \S+ --config ", c)]
-    assert len(commands) >= 5
+    text = (repository / page).read_text(encoding="utf-8")
+    commands = [shlex.split(c) for c in shell_commands(text) if re.match(r"python \S+ --config ", c)]
+    assert len(commands) >= count
     for _, program, *arguments in commands:
         assert parse_command_line(arguments, load_program(repository / program).FLAGS).config.name
 
@@ -77,7 +79,8 @@ def load_program(path):
                 "benchmarks/accelerator_round.py",
             },
         ),
-        ("docs/serving.md", {"serve.py"}),
+        ("docs/serving.md", {"serve.py", "scripts/convert_checkpoint.py"}),
+        ("docs/export.md", {"scripts/convert_checkpoint.py"}),
     ],
 )
 def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
