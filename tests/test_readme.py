@@ -1,14 +1,17 @@
 """The README's commands and paths exist and parse; `.ci/run` reads the commands from there."""
 
+import dataclasses
 import importlib.util
 import re
 import shlex
 import subprocess
 import tomllib
+import typing
 
 import pytest
 
 from domino_jax.config_flags import parse_command_line
+from domino_jax.run_config import RunConfig
 
 VOCABULARY = [
     *"target draft anchor block slot context round accepted bonus committed".split(),
@@ -49,7 +52,7 @@ def test_programs_of_the_commands_exist(repository, readme):
     assert [program for program in programs if not (repository / program).is_file()] == []
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/export.md", 1)])
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/export.md", 1), ("docs/recipes.md", 2)])
 def test_configurations_of_the_commands_parse(repository, page, count, monkeypatch):
     monkeypatch.chdir(repository)
     text = (repository / page).read_text(encoding="utf-8")
@@ -57,6 +60,25 @@ def test_configurations_of_the_commands_parse(repository, page, count, monkeypat
     assert len(commands) >= count
     for _, program, *arguments in commands:
         assert parse_command_line(arguments, load_program(repository / program).FLAGS).config.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md", "docs/recipes.md", "docs/scaling.md"])
+def test_configuration_names_in_the_text_exist(repository, page):
+    """Those inside of other programs' commands too: `srun`, a JobSet, a table of settings."""
+    known = {f"{prefix}{name}" for name in list_names(RunConfig) for prefix in ("--config.", "")}
+    text = (repository / page).read_text(encoding="utf-8")
+    used = set(re.findall(r"--config\.[a-z_.0-9]+[a-z0-9]", text))
+    assert sorted(used - known) == []
+    assert used or page == "README.md"
+
+
+def list_names(config_type, prefix=""):
+    for field in dataclasses.fields(config_type):
+        hint = typing.get_type_hints(config_type)[field.name]
+        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if inner:
+            yield from list_names(inner, f"{prefix}{field.name}.")
+        yield f"{prefix}{field.name}"
 
 
 def load_program(path):
