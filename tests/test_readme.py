@@ -103,9 +103,11 @@ def load_program(path):
         ),
         ("docs/serving.md", {"serve.py", "scripts/convert_checkpoint.py"}),
         ("docs/export.md", {"scripts/convert_checkpoint.py"}),
+        ("docs/scaling.md", {"benchmarks/plan_table.py", "benchmarks/scaling_estimate.py"}),
     ],
 )
-def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
+def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # as Python does for a program there
     text = (repository / page).read_text(encoding="utf-8")
     commands = [shlex.split(c, comments=True) for c in shell_commands(text) if c.startswith("python ")]
     commands = [words[1:] for words in commands if words[1] not in ("train.py", "-m")]
