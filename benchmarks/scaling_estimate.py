@@ -32,6 +32,10 @@ MEASURED_S, MEASURED_LENGTH, MEASURED_ANCHORS = 0.327, 3072, 512
 BUCKET = 1024
 """Width that a sample of mean length is padded to in configs/qwen3.py."""
 
+COMPILED_GRADIENT_BYTES = 2_404_880_360 / 1.10e9
+"""All-reduced bytes a weight and step that XLA made for Qwen3-8B on 8 x H100; the source asks for two float32 sums in
+every micro-step. Source: benchmarks/2026-11-26-plans/rows.jsonl."""
+
 CHIPS = (8, 64, 512)
 BATCH = 512
 """Sequences of an optimizer step: one a chip at 512 chips."""
@@ -203,8 +207,8 @@ def format_parts(target: TargetConfig, args: argparse.Namespace) -> str:
     """Return the parts of a micro-step with one sequence a chip, and what the input has to deliver."""
     work, _ = count_work(target, args.length, args.num_anchors)
     lines = [
-        "| chips | target's forward | drafter | gradients: two sums, every micro-step | one sum, once a step | "
-        "fsdp's gathers | exchange as it is | a feature cache delivers |",
+        "| chips | target's forward | drafter | gradients as written | as compiled | "
+        "fsdp's gathers | share of gradients as written | a feature cache delivers |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in ("h200", "v6e"):
@@ -213,7 +217,7 @@ def format_parts(target: TargetConfig, args: argparse.Namespace) -> str:
         compute = (work.target_flops + work.draft_flops) / rate
         for chips in CHIPS:
             gradients = reduce_seconds(fleet, chips, 2 * 4 * work.draft_params)
-            once = reduce_seconds(fleet, chips, 4 * work.draft_params) * chips / BATCH
+            once = reduce_seconds(fleet, chips, COMPILED_GRADIENT_BYTES * work.draft_params) * chips / BATCH
             gathers = gather_seconds(fleet, chips, 2 * work.target_params + 4 * work.draft_params)
             read = chips * args.length * work.feature_bytes_a_token / (work.draft_flops / rate)
             times = (work.target_flops / rate, work.draft_flops / rate, gradients, once, gathers)
