@@ -1,14 +1,17 @@
 """The README's commands and paths exist and parse; `.ci/run` reads the commands from there."""
 
+import dataclasses
 import importlib.util
 import re
 import shlex
 import subprocess
 import tomllib
+import typing
 
 import pytest
 
 from domino_jax.config_flags import parse_command_line
+from domino_jax.run_config import RunConfig
 
 VOCABULARY = [
     *"target draft anchor block slot context round accepted bonus committed".split(),
@@ -49,12 +52,33 @@ def test_programs_of_the_commands_exist(repository, readme):
     assert [program for program in programs if not (repository / program).is_file()] == []
 
 
-def test_configurations_of_the_commands_parse(repository, readme, monkeypatch):
+@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/export.md", 1), ("docs/recipes.md", 2)])
+def test_configurations_of_the_commands_parse(repository, page, count, monkeypatch):
     monkeypatch.chdir(repository)
-    commands = [shlex.split(c) for c in shell_commands(readme) if re.match(r"python \S+ --config ", c)]
-    assert len(commands) >= 5
+    text = (repository / page).read_text(encoding="utf-8")
+    commands = [shlex.split(c) for c in shell_commands(text) if re.match(r"python \S+ --config ", c)]
+    assert len(commands) >= count
     for _, program, *arguments in commands:
         assert parse_command_line(arguments, load_program(repository / program).FLAGS).config.name
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/export.md", "docs/recipes.md", "docs/scaling.md"])
+def test_configuration_names_in_the_text_exist(repository, page):
+    """Those inside of other programs' commands too: `srun`, a JobSet, a table of settings."""
+    known = {f"{prefix}{name}" for name in list_names(RunConfig) for prefix in ("--config.", "")}
+    text = (repository / page).read_text(encoding="utf-8")
+    used = set(re.findall(r"--config\.[a-z_.0-9]+[a-z0-9]", text))
+    assert sorted(used - known) == []
+    assert used or page == "README.md"
+
+
+def list_names(config_type, prefix=""):
+    for field in dataclasses.fields(config_type):
+        hint = typing.get_type_hints(config_type)[field.name]
+        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if inner:
+            yield from list_names(inner, f"{prefix}{field.name}.")
+        yield f"{prefix}{field.name}"
 
 
 def load_program(path):
@@ -77,10 +101,13 @@ def load_program(path):
                 "benchmarks/accelerator_round.py",
             },
         ),
-        ("docs/serving.md", {"serve.py"}),
+        ("docs/serving.md", {"serve.py", "scripts/convert_checkpoint.py"}),
+        ("docs/export.md", {"scripts/convert_checkpoint.py"}),
+        ("docs/scaling.md", {"benchmarks/plan_table.py", "benchmarks/scaling_estimate.py"}),
     ],
 )
-def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs):
+def test_options_of_the_other_commands_are_the_programs_own(repository, page, programs, monkeypatch):
+    monkeypatch.syspath_prepend(str(repository / "benchmarks"))  # as Python does for a program there
     text = (repository / page).read_text(encoding="utf-8")
     commands = [shlex.split(c, comments=True) for c in shell_commands(text) if c.startswith("python ")]
     commands = [words[1:] for words in commands if words[1] not in ("train.py", "-m")]

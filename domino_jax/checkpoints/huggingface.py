@@ -31,6 +31,7 @@ from domino_jax.checkpoints.safetensors_io import (
     write_json,
     write_tensors,
 )
+from domino_jax.checkpoints.serving_layouts import TYPE_KEY, arrange_config, restore_public
 from domino_jax.config import DraftConfig, TargetConfig, find_misfits
 from domino_jax.durable import flush
 from domino_jax.shapes import Params
@@ -64,7 +65,7 @@ class LoadedDraft:
     Attributes:
         config: its sizes and layout.
         params: `backbone`, and `head` unless it is plain DFlash.
-        raw_config: the whole `config.json`, unknown fields included; hand it back to `save_draft`.
+        raw_config: the whole public `config.json`, unknown fields included; hand it back to `save_draft`.
     """
 
     config: DraftConfig
@@ -180,14 +181,17 @@ def load_target(path_or_id: str, dtype: str) -> tuple[TargetConfig, Params]:
 
 
 def load_draft(path_or_id: str, dtype: str) -> LoadedDraft:
-    """Return a drafter in the public layout, its parameters in `dtype`.
+    """Return a drafter in the public layout or that of speculators, its parameters in `dtype`.
 
     Raises:
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
     """
     directory = resolve_directory(path_or_id)
+    where = str(directory / CONFIG_FILE)
     raw = read_json_object(directory / CONFIG_FILE)
-    config = parse_draft_config(raw, str(directory / CONFIG_FILE))
+    if TYPE_KEY in raw:
+        raw = restore_public(raw, where)
+    config = parse_draft_config(raw, where)
     return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype), raw)
 
 
@@ -215,13 +219,20 @@ def save_draft(
     raw_config: dict[str, Any] | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    layout: str = "public",
+    verifier: str = "",
 ) -> None:
-    """Write a drafter in the public layout; fields of `raw_config` that this package does not know are kept.
+    """Write a drafter; fields of `raw_config` that this package does not know are kept.
+
+    Args:
+        layout: who is to load it, one of `serving_layouts.LAYOUTS`.
+        verifier: the target's hub id or directory, for layout `speculators`.
 
     Raises:
-        CheckpointError: the parameters do not fit the config, or a value does not fit `dtype`.
+        CheckpointError: the parameters do not fit the config, a value does not fit `dtype`, or the layout cannot hold
+            the drafter.
     """
-    raw = write_draft_config(config, dtype, raw_config)
+    raw = arrange_config(layout, config, dtype, write_draft_config(config, dtype, raw_config), verifier)
     _write_params(Path(directory), draft_table(config), params, raw, dtype, max_shard_bytes)
 
 
@@ -307,4 +318,4 @@ def _write_params(
 
 def is_draft_config(raw: Mapping[str, Any]) -> bool:
     """Return whether a `config.json` claims to describe a drafter."""
-    return "dflash_config" in raw
+    return "dflash_config" in raw or TYPE_KEY in raw

@@ -46,7 +46,7 @@ PUBLIC_TARGETS = {
 }  # fmt: skip
 """Source: `config.json` of the public checkpoints Qwen/Qwen3-4B, -8B, -14B and -32B."""
 
-_ROOM_TO_WORK = 0.6
+ROOM_TO_WORK = 0.6
 """Share of a device that what is held between steps may fill in advice: the rest is for gradients and activations."""
 
 MEMORY_FRACTION = 0.95
@@ -109,7 +109,7 @@ class TrainingPlan:
     @property
     def is_fitting(self) -> bool:
         """Whether a step fits, if JAX is told to take all of the memory."""
-        return self.step is not None and self.step.total_bytes <= _usable_bytes(self.topology)
+        return self.step is not None and self.step.total_bytes <= count_usable_bytes(self.topology)
 
 
 def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
@@ -126,11 +126,11 @@ def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
         check_start(draft, target)
     layout = build_layout(config.mesh, topology.devices)
     check_sizes(layout, target, draft)
-    config, changes = _fill_groups(config, layout)
-    target_bytes, draft_bytes, moment_bytes = _held_bytes(config, target, draft, layout)
+    config, changes = fill_groups(config, layout)
+    target_bytes, draft_bytes, moment_bytes = count_held_bytes(config, target, draft, layout)
     plan = partial(TrainingPlan, config, topology, layout, origin, target_bytes, draft_bytes, moment_bytes, changes)
     held = target_bytes + draft_bytes + moment_bytes
-    if held > _usable_bytes(topology):
+    if held > count_usable_bytes(topology):
         return plan(
             _advise_mesh(config, target, draft, topology),
             None,
@@ -199,7 +199,7 @@ def trace_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, layo
         return train_step.trace(*map(layout.abstract, trees))
 
 
-def _fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[str, ...]]:
+def fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[str, ...]]:
     """Return the run with as few micro-steps as give every group of devices a sequence, and what that changed.
 
     Raises:
@@ -250,15 +250,17 @@ def _input_shapes(config: RunConfig, target: TargetConfig, draft: DraftConfig, l
     return inputs
 
 
-def _held_bytes(config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout) -> tuple[int, int, int]:
-    """Return a device's bytes of the target, the drafter and the rest of the training's state."""
+def count_held_bytes(
+    config: RunConfig, target: TargetConfig, draft: DraftConfig, layout: Layout
+) -> tuple[int, int, int]:
+    """Return a device's bytes of the target, the drafter and the rest of the training's state, from shapes alone."""
     state = _state_shapes(config, draft)
     whole = count_device_bytes(layout.abstract(state))
     params = count_device_bytes(layout.abstract(state.params))
     return count_device_bytes(layout.abstract(_target_shapes(config, target))), params, whole - params
 
 
-def _usable_bytes(topology: Topology) -> int:
+def count_usable_bytes(topology: Topology) -> int:
     """Return what a program can have of a device's memory if JAX is told to take it."""
     return int(topology.kind.memory_bytes * max(topology.kind.jax_share, MEMORY_FRACTION))
 
@@ -274,9 +276,9 @@ def _advise(
         advice.append(
             f"--config.data.micro_steps={max(fewest)}: {data.batch_size // max(fewest)} sequences at a time, not {rows}"
         )
-    larger = [c for c in _meshes(config, target, draft, topology) if c[0].num_model > layout.num_model]
+    larger = [c for c in list_meshes(config, target, draft, topology) if c[0].num_model > layout.num_model]
     if larger:
-        advice.append(f"{_flags(larger[0][0])}: layers, caches and logits are split over more devices")
+        advice.append(f"{format_mesh_flags(larger[0][0])}: layers, caches and logits are split over more devices")
     if not layout.fsdp and layout.num_data > 1:
         advice.append("--config.mesh.fsdp=True: weights and moments are split over the groups of devices too")
     if objective.head_chunk > 1:
@@ -288,19 +290,19 @@ def _advise(
 
 def _advise_mesh(config: RunConfig, target: TargetConfig, draft: DraftConfig, topology: Topology) -> tuple[str, ...]:
     """Return the mesh that leaves room to work, or that none does."""
-    room = _usable_bytes(topology) * _ROOM_TO_WORK
-    meshes = list(_meshes(config, target, draft, topology))
+    room = count_usable_bytes(topology) * ROOM_TO_WORK
+    meshes = list(list_meshes(config, target, draft, topology))
     for layout, held in meshes:
         if held <= room:
-            return (f"{_flags(layout)}: weights and moments take {format_bytes(held)} of a device",)
+            return (f"{format_mesh_flags(layout)}: weights and moments take {format_bytes(held)} of a device",)
     smallest, held = min(meshes, key=lambda mesh: mesh[1])
     return (
-        f"even {_flags(smallest)} holds {format_bytes(held)} of weights and moments a device, which leaves too little "
-        "to work with: take a topology with more or larger devices",
+        f"even {format_mesh_flags(smallest)} holds {format_bytes(held)} of weights and moments a device, which leaves "
+        "too little to work with: take a topology with more or larger devices",
     )
 
 
-def _meshes(
+def list_meshes(
     config: RunConfig, target: TargetConfig, draft: DraftConfig, topology: Topology
 ) -> Iterator[tuple[Layout, int]]:
     """Yield the meshes that divide devices, models and batch, those that exchange least first, with what they hold."""
@@ -312,10 +314,11 @@ def _meshes(
             except ConfigError:
                 continue
             if layout.num_data <= config.data.batch_size and (layout.num_data > 1 or not fsdp):
-                yield layout, sum(_held_bytes(config, target, draft, layout))
+                yield layout, sum(count_held_bytes(config, target, draft, layout))
 
 
-def _flags(layout: Layout) -> str:
+def format_mesh_flags(layout: Layout) -> str:
+    """Return the options that give a run this mesh."""
     flags = f"--config.mesh.data=0 --config.mesh.model={layout.num_model}"
     return f"{flags} --config.mesh.fsdp=True" if layout.fsdp else flags
 

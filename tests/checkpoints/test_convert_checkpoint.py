@@ -1,23 +1,11 @@
 """The conversion script: same tensors, side files, chosen type, errors as sentences."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from safetensors.numpy import load_file
-
-
-@pytest.fixture
-def run_script(repository: Path):
-    spec = importlib.util.spec_from_file_location(
-        "convert_checkpoint", repository / "scripts" / "convert_checkpoint.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.mark.parametrize("name", ["target_tied", "draft/A", "draft/D"])

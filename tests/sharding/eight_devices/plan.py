@@ -90,4 +90,4 @@ def test_weights_that_do_not_fit_are_spread():
     target, _ = find_target_sizes(config)
     draft = config.draft.resolve(target, 0)
     layout = build_layout(mesh, jax.devices())
-    assert sum(plans._held_bytes(config, target, draft, layout)) < 0.6 * 20 * 2**30
+    assert sum(plans.count_held_bytes(config, target, draft, layout)) < 0.6 * 20 * 2**30
