@@ -80,9 +80,7 @@ def measure(size: str, vocab: int, context: int) -> Iterator[dict[str, Any]]:
 
 def print_summary(rows: list[dict[str, Any]]) -> None:
     """Print the ratios that matter, a line a pair."""
-    print(
-        "| target | plain ms | of the copy rate | verify 8 | verify 16 | outside verify of 8, of 16 | over transformers |"
-    )
+    print("| target | plain ms | of the copy rate | verify 8 | verify 16 | outside verify | over transformers |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for size, vocab in dict.fromkeys((row["size"], row["vocab"]) for row in rows):
         own = [row for row in rows if (row["size"], row["vocab"]) == (size, vocab)]
