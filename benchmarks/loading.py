@@ -224,6 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
                         line = json.dumps({"repeat": repeat} | row)
                         print(line, flush=True)
                         rows.write(line + "\n")
+                        rows.flush()
 
 
 if __name__ == "__main__":
