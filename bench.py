@@ -26,7 +26,8 @@ from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
-from domino_jax.runs import round_profile
+from domino_jax.runs import options, round_profile
+from domino_jax.sharding import find_layout
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
 
@@ -41,31 +42,29 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--draft", help="the same of the drafter; without it plain decoding is measured")
     add("--prompts", required=True, help=f"JSONL file, or one of {', '.join(PROMPT_SETS)}")
     add("--output", type=Path, help="rows as JSONL")
-    add("--max-new-tokens", type=_positive, default=256)
+    add("--max-new-tokens", type=options.positive, default=256)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-k", type=int, default=0, help="0 keeps all")
     add("--top-p", type=float, default=1.0, help="1 keeps all")
     add("--min-p", type=float, default=0.0, help="0 keeps all")
     add("--seed", type=int, default=0, help="prompt i is decoded with seed + i")
     add("--rule", choices=("seed-exact", "rejection"), default="seed-exact", help="acceptance above temperature 0")
-    add("--block-size", type=_positive, help="slots of a block; the drafter's own by default, 1 is plain decoding")
-    add("--batch-size", type=_positive, default=1, help="prompts decoded together")
+    add(
+        "--block-size",
+        type=options.positive,
+        help="slots of a block; the drafter's own by default, 1 is plain decoding",
+    )
+    add("--batch-size", type=options.positive, default=1, help="prompts decoded together")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4")
     add("--no-head", action="store_true", help="draft from the base logits alone")
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
-    add("--limit", type=_positive, help="only the first prompts")
-    add("--repeats", type=_positive, default=1, help="timed runs of each loop; the median counts")
+    add("--limit", type=options.positive, help="only the first prompts")
+    add("--repeats", type=options.positive, default=1, help="timed runs of each loop; the median counts")
     add("--stop-ids", help="token ids with commas between, empty for none; the model's own by default")
     add("--enable-thinking", action="store_true", help="passed to the chat template")
     add("--profile", action="store_true", help="time the phases of a round instead; see --profile --help")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more")
-    return value
 
 
 def _open_text(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[benchmark.TextCodec | None, tuple[int, ...]]:
@@ -103,15 +102,16 @@ def _run(args: argparse.Namespace) -> None:
     prompts = load_prompts(args.prompts, args.limit)
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     codec, stop_ids = _open_text(args, prompts)
-    target_config, target_params = load_target(args.target, args.dtype)
-    draft = load_draft(args.draft, args.dtype) if args.draft else None
+    layout = find_layout(args.mesh) if args.mesh else None
+    target_config, target_params = load_target(args.target, args.dtype, layout)
+    draft = load_draft(args.draft, args.dtype, layout) if args.draft else None
     if draft:
         check_draft_fits(draft.config, target_config)
         draft.config.num_draft_tokens(args.block_size)
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
-    drafter = (draft.config, draft.params) if draft else ()
-    decoder = Decoder(target_config, target_params, *drafter, dtype=args.dtype, num_candidates=args.num_candidates)
+    drafter = (draft.config, draft.params) if draft else (None, None)
+    decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, args.num_candidates)
     settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from domino_jax.config_flags import parse_command_line
+from domino_jax.runs import options
 from domino_jax.runs.errors import explain_or_raise
 
 _EXTRA = ("fastapi", "uvicorn", "prometheus_client", "h11")
@@ -29,6 +30,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     models.add_argument("--draft", help="the same of the drafter")
     models.add_argument("--config", help="configuration file of a finished run, whose pair is served")
     models.add_argument("--served-model-name", help="name in the API; the target directory's by default")
+    models.add_argument(
+        "--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4"
+    )
     models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is reachable from this machine alone")
@@ -44,9 +48,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     engine.add_argument("--max-slots", type=int, help="sequences that run at once; as many of 32 as fit by default")
     engine.add_argument("--max-waiting", type=int, default=256, help="requests that may wait for a slot")
     engine.add_argument("--max-model-len", type=int, help="tokens of prompt and output; the model's context by default")
-    engine.add_argument("--block-sizes", type=_numbers, help="widths to choose from by load, as 16,8; 1 is plain")
+    engine.add_argument(
+        "--block-sizes", type=options.numbers, help="widths to choose from by load, as 16,8; 1 is plain"
+    )
     engine.add_argument("--block-size", type=int, help="always this width, whatever the load; 1 is plain decoding")
-    engine.add_argument("--batch-sizes", type=_numbers, help="row counts to compile; fewer start sooner")
+    engine.add_argument("--batch-sizes", type=options.numbers, help="row counts to compile; fewer start sooner")
     engine.add_argument("--rounds-per-call", type=int, default=4)
     engine.add_argument(
         "--prefill-tokens", type=int, default=256, help="prompt tokens run between two calls under load"
@@ -67,13 +73,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers with commas between") from None
-
-
 def _run(args: argparse.Namespace) -> int:
     # Imported after the command line is read: jax takes seconds.
     from domino_jax.runs import server
@@ -88,10 +87,11 @@ def _run(args: argparse.Namespace) -> int:
     else:
         target, draft = server.find_newest_pair(Path("runs"))
     keys = args.api_key or [key for key in os.environ.get("DOMINO_API_KEY", "").split(",") if key]
-    options = server.ServerOptions(
+    asked = server.ServerOptions(
         target=target,
         draft=draft,
         model_id=args.served_model_name,
+        mesh=args.mesh,
         dtype=args.dtype,
         host=args.host,
         port=args.port,
@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace) -> int:
             drain_grace_s=args.drain_grace,
         ),
     )
-    return server.serve(options)
+    return server.serve(asked)
 
 
 def main(arguments: list[str] | None = None) -> int:

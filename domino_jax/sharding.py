@@ -72,6 +72,8 @@ _STATES: list[tuple[str, _Axes]] = [
     ("input_ids|loss_mask", (None, "batch", None)),
     ("lengths|numbers", (None, "batch")),
     ("features|last_hidden", (None, "batch", None, None)),
+    # a chunk of a prompt
+    ("hidden", ("batch", None, None)),
     # the rest of a training's state
     ("key_data|ns_coeffs", (None,)),
 ]

@@ -2,7 +2,7 @@
 
 In: a local directory or a hub id. Out: a frozen config and a pytree of jax arrays in this package's names; and back.
 One table a model pairs public tensor names with paths of the tree and is read both ways. Linear weights are turned
-(`[out, in]` in files, `[in, out]` here), tensor by tensor: host memory stays near one tensor above the parameters.
+(`[out, in]` in files, `[in, out]` here). A tensor goes to its devices piece by piece (`placed_tensors`).
 
 Source: tensor names of Hugging Face `Qwen3ForCausalLM` and of the public `DominoDraftModel` / `DFlashDraftModel`.
 """
@@ -22,10 +22,12 @@ from domino_jax.checkpoints.config_json import (
     write_draft_config,
     write_target_config,
 )
+from domino_jax.checkpoints.placed_tensors import TensorName, iterate_placed
 from domino_jax.checkpoints.safetensors_io import (
     MAX_SHARD_BYTES,
     CheckpointError,
     TensorFiles,
+    cast,
     parse_float_type,
     read_json_object,
     write_json,
@@ -35,27 +37,11 @@ from domino_jax.checkpoints.serving_layouts import TYPE_KEY, arrange_config, res
 from domino_jax.config import DraftConfig, TargetConfig, find_misfits
 from domino_jax.durable import flush
 from domino_jax.shapes import Params
+from domino_jax.sharding import Layout
 
 CONFIG_FILE = "config.json"
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.jinja"]
 _IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
-
-
-@dataclass(frozen=True)
-class TensorName:
-    """One row of a name table.
-
-    Attributes:
-        public: name in the file.
-        path: keys from the root of the parameter tree.
-        shape: shape in the file.
-        is_turned: the file holds `[out, in]`, the tree `[in, out]`.
-    """
-
-    public: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    is_turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,8 +152,8 @@ def read_target_config(path_or_id: str) -> tuple[TargetConfig, dict[str, Any]]:
     return parse_target_config(raw, str(file)), raw
 
 
-def load_target(path_or_id: str, dtype: str) -> tuple[TargetConfig, Params]:
-    """Return a target's config and its parameters in `dtype`.
+def load_target(path_or_id: str, dtype: str, layout: Layout | None = None) -> tuple[TargetConfig, Params]:
+    """Return a target's config and its parameters in `dtype`, laid out; a process reads its own devices' parts alone.
 
     A tied target has no `lm_head`; one in the files is not read.
 
@@ -177,11 +163,11 @@ def load_target(path_or_id: str, dtype: str) -> tuple[TargetConfig, Params]:
     directory = resolve_directory(path_or_id)
     config, _ = read_target_config(str(directory))
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype)
+    return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype, layout)
 
 
-def load_draft(path_or_id: str, dtype: str) -> LoadedDraft:
-    """Return a drafter in the public layout or that of speculators, its parameters in `dtype`.
+def load_draft(path_or_id: str, dtype: str, layout: Layout | None = None) -> LoadedDraft:
+    """Return a drafter in the public layout or that of speculators, in `dtype`, laid out as those of `load_target`.
 
     Raises:
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
@@ -192,7 +178,7 @@ def load_draft(path_or_id: str, dtype: str) -> LoadedDraft:
     if TYPE_KEY in raw:
         raw = restore_public(raw, where)
     config = parse_draft_config(raw, where)
-    return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype), raw)
+    return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype, layout), raw)
 
 
 def save_target(
@@ -248,7 +234,9 @@ def check_draft_fits(draft: DraftConfig, target: TargetConfig) -> None:
         raise CheckpointError(f"the drafter does not fit the target; use the one trained for it:\n  {listing}")
 
 
-def _read_params(files: TensorFiles, table: list[TensorName], ignored: set[str], dtype: str) -> Params:
+def _read_params(
+    files: TensorFiles, table: list[TensorName], ignored: set[str], dtype: str, layout: Layout | None
+) -> Params:
     float_type = parse_float_type(dtype)
     stored = {n: t for n, t in files.stored.items() if n not in ignored and not _IGNORED.search(n)}
     expected = {row.public: row for row in table}
@@ -269,22 +257,12 @@ def _read_params(files: TensorFiles, table: list[TensorName], ignored: set[str],
             f"the tensors in {files.directory} do not fit its {CONFIG_FILE}:\n  " + "\n  ".join(problems)
         )
     tree: dict[str, Any] = {}
-    for row in table:
+    for row, array in iterate_placed(files, table, float_type, layout):
         leaf = tree
         for key in row.path[:-1]:
             leaf = leaf.setdefault(key, {})
-        placed = jax.device_put(_cast(files.read(row.public), row.public, float_type))
-        leaf[row.path[-1]] = (placed.T if row.is_turned else placed).block_until_ready()
+        leaf[row.path[-1]] = array
     return tree
-
-
-def _cast(array: np.ndarray, name: str, float_type: np.dtype) -> np.ndarray:
-    """Cast on the host, where subnormal numbers survive; turning is left to the device, which is faster at it."""
-    with np.errstate(over="ignore"):
-        converted = array.astype(float_type, copy=False)
-    if float_type == np.float16 and array.dtype != float_type and not np.isfinite(converted).all():
-        raise CheckpointError(f"{name} has values that float16 cannot hold; use bfloat16 or float32")
-    return converted
 
 
 def _write_params(
@@ -295,7 +273,7 @@ def _write_params(
     leaves = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         leaves[tuple(str(getattr(k, "key", k)) for k in path)] = leaf
-    shapes = {row.path: row.shape[::-1] if row.is_turned else row.shape for row in table}
+    shapes = {row.path: row.tree_shape for row in table}
     problems = [f"missing: {'.'.join(p)}, expected {list(s)}" for p, s in shapes.items() if p not in leaves]
     problems += [f"unexpected: {'.'.join(p)} {list(np.shape(v))}" for p, v in leaves.items() if p not in shapes]
     problems += [
@@ -308,7 +286,12 @@ def _write_params(
 
     def read(name: str) -> np.ndarray:
         leaf = leaves[rows[name].path]
-        return _cast(np.asarray(leaf.T if rows[name].is_turned else leaf), name, float_type)
+        array = np.asarray(leaf.T if rows[name].is_turned else leaf)
+        if array.dtype == float_type:
+            return array
+        converted = np.empty(array.shape, float_type)
+        cast(array, name, converted)
+        return converted
 
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, {n: r.shape for n, r in rows.items()}, read, dtype, max_shard_bytes)

@@ -1,7 +1,7 @@
-"""Safetensors files: reading a directory of them tensor by tensor, and writing them whole or in shards.
+"""Safetensors files: reading parts of their tensors, and writing them whole or in shards.
 
 In: a directory with `model.safetensors`, an index with shards, or plain `*.safetensors` files.
-Out: numpy arrays, one at a time. Nothing is unpickled, ever, and nothing outside the directory is opened.
+Out: numpy arrays, a part of a tensor at a time. Nothing is unpickled, ever; nothing outside the directory is opened.
 Files appear under their name only when complete. This module knows no tensor names and no model.
 
 Source: the safetensors format (8 bytes of header length, JSON header, raw little-endian data) and
@@ -9,8 +9,10 @@ Hugging Face's `model.safetensors.index.json`.
 """
 
 import json
+import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +48,19 @@ class StoredTensor:
 
     Attributes:
         type_code: the type as the file writes it, such as `BF16`.
+        offset: bytes of the file before its first value.
     """
 
+    name: str
     file: Path
     shape: tuple[int, ...]
     type_code: str
+    offset: int
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Its numpy type; of a tensor in a type of `FLOAT_TYPES`."""
+        return FLOAT_TYPES[_FILE_CODES[self.type_code]]
 
 
 def parse_float_type(name: str) -> np.dtype:
@@ -80,7 +90,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 class TensorFiles:
-    """The tensors of one checkpoint directory, read one at a time.
+    """Where the tensors of one checkpoint directory lie.
 
     Attributes:
         stored: every tensor by name.
@@ -136,29 +146,16 @@ class TensorFiles:
 
     def _add_file(self, file: Path) -> None:
         try:
-            with safe_open(file, framework="numpy") as handle:
-                names = handle.keys()
-                for name in names:
-                    view = handle.get_slice(name)
-                    if name in self.stored:
-                        raise CheckpointError(f"{name} is in {self.stored[name].file.name} and in {file.name}")
-                    self.stored[name] = StoredTensor(file, tuple(view.get_shape()), str(view.get_dtype()))
+            with safe_open(file, framework="numpy"):  # checks the header and the file's length
+                header, data_start = _read_header(file)
         except (OSError, SafetensorError) as error:
             message = f"{file} is not a whole safetensors file ({error}); download or write it again"
             raise CheckpointError(message) from error
-
-    def read(self, name: str) -> np.ndarray:
-        """Return a copy of one tensor, in the type of the file.
-
-        Raises:
-            CheckpointError: the file can no longer be read.
-        """
-        file = self.stored[name].file
-        try:
-            with safe_open(file, framework="numpy") as handle:
-                return handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read {name} from {file}: {error}") from error
+        for name, entry in header.items():
+            if name in self.stored:
+                raise CheckpointError(f"{name} is in {self.stored[name].file.name} and in {file.name}")
+            offset = data_start + entry["data_offsets"][0]
+            self.stored[name] = StoredTensor(name, file, tuple(entry["shape"]), entry["dtype"], offset)
 
     def unsupported_types(self, names: list[str]) -> dict[str, str]:
         """Return the file's type code of every tensor among `names` that is no float32, float16 or bfloat16."""
@@ -176,6 +173,81 @@ class TensorFiles:
                 f"{self.directory} stores its tensors as {', '.join(codes)}; choose one of {', '.join(FLOAT_TYPES)}"
             )
         return _FILE_CODES[codes[0]]
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """Return a checked file's entries by tensor name, and where its data begin."""
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8))
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[int]:
+    """Open a file for `read_part`.
+
+    Raises:
+        CheckpointError: it can no longer be opened.
+    """
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {file}: {error}; download or write it again") from error
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def read_part(
+    descriptor: int, tensor: StoredTensor, rows: tuple[int, int], columns: tuple[int, int], out: np.ndarray
+) -> None:
+    """Read rows and columns (first, end) of a tensor, seen as a matrix of its first axis by the others, into `out`.
+
+    `out` is contiguous and of the file's type. No other bytes are asked for; whole rows are read at once.
+
+    Raises:
+        CheckpointError: the file can no longer be read, or has become shorter.
+    """
+    row_bytes = int(np.prod(tensor.shape[1:], dtype=np.int64)) * tensor.dtype.itemsize
+    start, end = (column * tensor.dtype.itemsize for column in columns)
+    if not out.size:
+        return
+    raw = out.view(np.uint8)
+    first = tensor.offset + rows[0] * row_bytes
+    try:
+        if end - start == row_bytes:
+            _fill(descriptor, raw.reshape(-1), first)
+        else:
+            for i, row in enumerate(raw):
+                _fill(descriptor, row, first + i * row_bytes + start)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read {tensor.name} from {tensor.file}: {error}; download or write it again"
+        ) from error
+
+
+def _fill(descriptor: int, buffer: np.ndarray, offset: int) -> None:
+    done = 0
+    while done < buffer.size:
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise OSError("the file has become shorter")
+        done += count
+
+
+def cast(array: np.ndarray, name: str, out: np.ndarray) -> None:
+    """Copy values into an array of a float type, on the host, where subnormal numbers survive.
+
+    Raises:
+        CheckpointError: one is too large for float16.
+    """
+    with np.errstate(over="ignore"):
+        np.copyto(out, array, casting="unsafe")
+    if out.dtype == np.float16 and array.dtype != out.dtype and not np.isfinite(out).all():
+        raise CheckpointError(f"{name} has values that float16 cannot hold; use bfloat16 or float32")
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ class Decoder:
 
     Attributes:
         last_timings: seconds of the last batch; compilation is included the first time a shape is seen.
+        layout: as it was given.
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class Decoder:
         )
         params = ModelParams(target_params, draft_params)
         self.params = layout.place(params) if layout else params
-        self._layout = layout
+        self.layout = layout
         self.last_timings = Timings(0.0, 0.0)
 
     def generate(
@@ -115,7 +116,7 @@ class Decoder:
         results, prefill_s, decode_s = [], 0.0, 0.0
         for i in range(0, len(prompts), step):
             rows = slice(i, i + step)
-            with activate(self._layout):
+            with activate(self.layout):
                 results += self._run_batch(
                     loop, list(prompts[rows]), budgets[rows], settings_rows[rows], stops[rows], step, propose
                 )
@@ -183,8 +184,8 @@ class Decoder:
         propose: Propose,
     ) -> list[Generation]:
         num_real = len(prompts)
-        if self._layout:
-            num_rows = _round_up(num_rows, self._layout.num_data)
+        if self.layout:
+            num_rows = _round_up(num_rows, self.layout.num_data)
         padding = num_rows - num_real
         state = init_state(
             loop,
@@ -192,13 +193,13 @@ class Decoder:
             budgets + [0] * padding,
             sampling + [SamplingConfig()] * padding,
             stops + [()] * padding,
-            self._layout,
+            self.layout,
         )
         params = self.params if loop.draft else ModelParams(self.params.target)
         began = time.perf_counter()
         # Chunks do not depend on how blocks are drafted or tokens chosen: one program serves all such settings.
         chunks = replace(loop, block_size=1, rule="greedy", has_filters=False, use_head=True)
-        last_hidden = init_last_hidden(loop, num_rows, self._layout)
+        last_hidden = init_last_hidden(loop, num_rows, self.layout)
         start = 0
         for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
             state, last_hidden = prefill_chunk(

@@ -19,6 +19,7 @@ from domino_jax.models.draft_backbone import init_draft_cache
 from domino_jax.models.qwen3 import init_target_cache
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.shapes import Array, Bool, Int
+from domino_jax.sharding import constrain_tree
 
 
 @no_type_check  # see `domino_jax.shapes`
@@ -83,16 +84,13 @@ def _load_blocks(
 ) -> SlotState:
     state = row.decode
     draft = _load(pool.draft, state.draft_cache, block_ids, is_loaded) if pool.draft else None
-    return row.replace(
-        decode=state.replace(
-            target_cache=_load(pool.target, state.target_cache, block_ids, is_loaded), draft_cache=draft
-        )
-    )
+    loaded = state.replace(target_cache=_load(pool.target, state.target_cache, block_ids, is_loaded), draft_cache=draft)
+    return constrain_tree(row.replace(decode=loaded))
 
 
 def _store_blocks(pool: PrefixPool, row: SlotState, block_ids: Int[Array, " n"]) -> PrefixPool:
     draft = _store(pool.draft, row.decode.draft_cache, block_ids) if pool.draft else None
-    return PrefixPool(_store(pool.target, row.decode.target_cache, block_ids), draft)
+    return constrain_tree(PrefixPool(_store(pool.target, row.decode.target_cache, block_ids), draft))
 
 
 load_blocks = jax.jit(_load_blocks, donate_argnums=1)

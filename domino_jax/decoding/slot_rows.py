@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from domino_jax.decoding.slots import SlotState
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.shapes import Array, Bool, Int
+from domino_jax.sharding import constrain_tree
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -21,13 +22,13 @@ def insert_row(slots: SlotState, row: SlotState, index: Int[Array, ""]) -> SlotS
         padding = [(0, 0)] + [(0, size - new_size) for size, new_size in zip(old.shape[1:], new.shape[1:], strict=True)]
         return jax.lax.dynamic_update_slice_in_dim(old, jnp.pad(new, padding), index, axis=0)
 
-    return jax.tree.map(write, slots, row)
+    return constrain_tree(jax.tree.map(write, slots, row))
 
 
 @jax.jit
 def extract_row(slots: SlotState, index: Int[Array, ""]) -> SlotState:
     """Return slot `index` as a state of one row."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0), slots)
+    return constrain_tree(jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1, axis=0), slots))
 
 
 @partial(jax.jit, static_argnums=3)
@@ -60,4 +61,4 @@ def resize_slots(
         target_cache=fit_cache(state.target_cache),
         draft_cache=fit_cache(state.draft_cache),
     )
-    return resized.replace(decode=decode)
+    return constrain_tree(resized.replace(decode=decode))

@@ -39,6 +39,7 @@ from domino_jax.ops.sampling import SamplingParams
 from domino_jax.ops.scoring import Scores, no_scores, score_tokens
 from domino_jax.ops.verification import accept_equal
 from domino_jax.shapes import Array, Bool, Float, Int
+from domino_jax.sharding import constrain, constrain_tree
 
 _T = TypeVar("_T")
 
@@ -283,10 +284,12 @@ def run_rounds(
 
     def step(carry: tuple) -> tuple:
         done, slots, scores = carry
-        return done + 1, *run_round(settings, params, slots, scores, start_len)
+        slots, scores = run_round(settings, params, slots, scores, start_len)
+        return done + 1, constrain_tree(slots), scores
 
     start = (jnp.int32(0), slots.replace(decode=state), no_scores(batch, max_rounds * width, MAX_TOP_LOGPROBS))
     _, slots, scores = jax.lax.while_loop(goes_on, step, start)
+    slots = constrain_tree(slots)
     return slots, _read_result(slots, scores, start_len, max_rounds * width)
 
 
@@ -333,7 +336,7 @@ def choose_first_token(
             acceptance_lengths=jnp.zeros_like(state.acceptance_lengths), num_rounds=jnp.zeros_like(state.num_rounds)
         )
     )
-    return slots, _read_result(slots, scores, start_len, 1)
+    return constrain_tree(slots), _read_result(slots, scores, start_len, 1)
 
 
 @partial(jax.jit, static_argnums=(0, 3), donate_argnums=2)
@@ -353,7 +356,8 @@ def prefill_slots(
     state, hidden = run_chunk(settings, params, slots.decode, chunk_len, start)
     is_known = start + jnp.arange(chunk_len) < state.committed_len[:, None]
     fails = jnp.any(is_known & ~jnp.isfinite(hidden).all(axis=-1), axis=-1)
-    return slots.replace(decode=state, has_failed=slots.has_failed | fails), hidden
+    slots = slots.replace(decode=state, has_failed=slots.has_failed | fails)
+    return constrain_tree(slots), constrain(hidden, "states")
 
 
 @partial(jax.jit, static_argnums=0)

@@ -359,9 +359,10 @@ def _execute(rehearsal: _Rehearsal, compiled: Any) -> str:
     if rehearsal.is_random:
         params = jax.jit(init_target_params, static_argnums=0)(target.config, jax.random.key(config.seed))
         params = jax.tree.map(lambda leaf: leaf.astype(config.target.dtype), params)
+        params = target.layout.place(params) if target.layout else params
     else:
-        params = load_target(target.path, config.target.dtype)[1]
-    target = replace(target, params=target.layout.place(params) if target.layout else params)
+        params = load_target(target.path, config.target.dtype, target.layout)[1]
+    target = replace(target, params=params)
     state = start_state(config, rehearsal.draft, target)
     inputs = split_batch(rehearsal.batch, config.data.micro_steps, target.layout)
     began = time.perf_counter()

@@ -9,6 +9,7 @@ from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation import anatomy
 from domino_jax.evaluation.anatomy_page import draw_anatomy, format_anatomy
 from domino_jax.evaluation.benchmark import check_output, write_rows
+from domino_jax.runs.options import positive
 
 _CONTEXTS, _BATCHES = (128, 1024), (1,)
 
@@ -53,18 +54,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--target", required=True, help="Hugging Face directory or hub id of the target")
     add("--draft", required=True, help="the same of the drafter")
     add("--output", type=Path, help="rows as JSONL; the figure goes beside it")
-    add("--contexts", type=_positive, nargs="+", default=_CONTEXTS, help="tokens before the round")
-    add("--batches", type=_positive, nargs="+", default=_BATCHES, help="rows of a round")
-    add("--block-size", type=_positive, help="slots of a block; the drafter's own by default")
+    add("--contexts", type=positive, nargs="+", default=_CONTEXTS, help="tokens before the round")
+    add("--batches", type=positive, nargs="+", default=_BATCHES, help="rows of a round")
+    add("--block-size", type=positive, help="slots of a block; the drafter's own by default")
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
     add("--no-head", action="store_true", help="draft from the base logits alone")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
-    add("--repeats", type=_positive, default=5, help="timed runs of each phase; the median counts")
+    add("--repeats", type=positive, default=5, help="timed runs of each phase; the median counts")
     return parser.parse_args(arguments)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of 1 or more")
-    return value

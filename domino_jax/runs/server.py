@@ -7,12 +7,10 @@ checkpoints' configurations: a server that does not fit is refused before a weig
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.config_json import parse_draft_config
@@ -26,11 +24,12 @@ from domino_jax.checkpoints.huggingface import (
     resolve_directory,
     target_table,
 )
+from domino_jax.checkpoints.placed_tensors import TensorName
 from domino_jax.checkpoints.safetensors_io import read_json_object
 from domino_jax.config import ConfigError, DraftConfig, SamplingConfig, TargetConfig, require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.decoding.state import DecodeSettings, ModelParams
-from domino_jax.run_config import RunConfig
+from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.training_run import find_target
 from domino_jax.serving.engine import SlotEngine
@@ -40,6 +39,7 @@ from domino_jax.serving.http.http_server import run_server
 from domino_jax.serving.http.settings import ApiSettings
 from domino_jax.serving.http.text_codec import ByteLevelCodec
 from domino_jax.serving.memory_plan import MemoryPlan, find_memory_limit, plan_memory, require_fit
+from domino_jax.sharding import Layout, check_sizes, count_device_bytes, find_layout
 
 _USUAL_SLOTS = (32, 16, 8, 4, 2, 1)
 
@@ -53,6 +53,7 @@ class ServerOptions:
         draft: the same; None: plain decoding.
         model_id: name in the API; None: the target's directory, or the run's where the target lies in one.
         max_slots: sequences that run at once; None: as many of 32 as fit.
+        mesh: devices that share the models and the slots; None: one device.
         memory_fraction: part of the device's memory that may be used.
         engine: the rest of the engine's settings.
         api: settings of the API; its `model_id` and `default_sampling` are replaced.
@@ -61,6 +62,7 @@ class ServerOptions:
     target: str
     draft: str | None = None
     model_id: str | None = None
+    mesh: MeshConfig | None = None
     dtype: str = "float32"
     host: str = "127.0.0.1"
     port: int = 8000
@@ -161,15 +163,18 @@ def serve(options: ServerOptions) -> int:
         draft = parse_draft_config(read_json_object(file), str(file))
         check_draft_fits(draft, target)
     codec = make_codec(load_tokenizer(str(directory)), str(directory))
-    config, plan = size_engine(options, target, draft)
-    print(f"memory ({config.max_slots} slots):", *plan.lines(), sep="\n", flush=True)
+    layout = find_layout(options.mesh) if options.mesh else None
+    check_sizes(layout, target, draft)
+    config, plan = size_engine(options, target, draft, layout)
+    each = f" on each of {layout.mesh.size} devices" if layout else ""
+    print(f"memory ({config.max_slots} slots){each}:", *plan.lines(), sep="\n", flush=True)
 
     def load() -> ModelParams:
-        _, target_params = load_target(str(directory), options.dtype)
-        loaded = load_draft(str(draft_directory), options.dtype) if draft_directory else None
+        _, target_params = load_target(str(directory), options.dtype, layout)
+        loaded = load_draft(str(draft_directory), options.dtype, layout) if draft_directory else None
         return ModelParams(target_params, loaded.params if loaded else None)
 
-    engine = SlotEngine(target, draft, load, config, options.dtype)
+    engine = SlotEngine(target, draft, load, config, options.dtype, layout)
     path = directory.resolve()
     settings = replace(
         options.api,
@@ -184,7 +189,7 @@ def serve(options: ServerOptions) -> int:
 
 
 def size_engine(
-    options: ServerOptions, target: TargetConfig, draft: DraftConfig | None
+    options: ServerOptions, target: TargetConfig, draft: DraftConfig | None, layout: Layout | None = None
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Return the engine's settings with its number of slots, and what it needs.
 
@@ -194,13 +199,17 @@ def size_engine(
     fraction = options.memory_fraction
     require(0 < fraction <= 1, f"memory_fraction is {fraction}; it must be more than 0 and at most 1")
     limit = find_memory_limit(fraction)
-    itemsize = jnp.dtype(options.dtype).itemsize
-    target_bytes = itemsize * sum(prod(row.shape) for row in target_table(target))
-    draft_bytes = itemsize * sum(prod(row.shape) for row in draft_table(draft)) if draft else 0
+
+    def count_bytes(table: list[TensorName]) -> int:
+        shapes = {"/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, options.dtype) for row in table}
+        return count_device_bytes(layout.abstract(shapes) if layout else shapes)
+
+    target_bytes = count_bytes(target_table(target))
+    draft_bytes = count_bytes(draft_table(draft)) if draft else 0
 
     def plan(config: EngineConfig) -> MemoryPlan:
         settings = DecodeSettings(target=target, draft=draft, dtype=options.dtype)
-        return plan_memory(settings, plan_ladders(config, target, draft), target_bytes, draft_bytes)
+        return plan_memory(settings, plan_ladders(config, target, draft), target_bytes, draft_bytes, layout)
 
     def with_slots(num_slots: int) -> EngineConfig:
         sizes = options.engine.batch_sizes

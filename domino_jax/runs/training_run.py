@@ -151,8 +151,8 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     path = find_target(config, folder)
     layout = find_layout(config.mesh)
     check_sizes(layout, read_target_config(path)[0])
-    target_config, params = load_target(path, config.target.dtype)
-    return TargetModel(path, target_config, layout.place(params) if layout else params, load_tokenizer(path), layout)
+    target_config, params = load_target(path, config.target.dtype, layout)
+    return TargetModel(path, target_config, params, load_tokenizer(path), layout)
 
 
 def find_target(config: RunConfig, folder: RunFolder) -> str:

@@ -22,6 +22,7 @@ from domino_jax.serving.scheduler import Scheduler
 from domino_jax.serving.sequence import PromptRun, ServedSequence
 from domino_jax.serving.slot_batch import SlotBatch
 from domino_jax.serving.width_policy import WidthPolicy
+from domino_jax.sharding import Layout
 
 _CALLS_BEFORE_SHRINKING = 8
 """Calls in a row that a smaller batch would have held; moving slots costs about as much as a round."""
@@ -46,8 +47,9 @@ class SlotEngine:
         load_params: Callable[[], ModelParams],
         config: EngineConfig,
         dtype: str = "float32",
+        layout: Layout | None = None,
     ) -> None:
-        """Plan the engine; nothing is loaded before `start`.
+        """Plan the engine; nothing is loaded before `start`. With a layout `load_params` gives parameters laid out so.
 
         Raises:
             ConfigError: the configuration does not fit the models.
@@ -58,7 +60,7 @@ class SlotEngine:
         self._config = config
         self._ladders = plan_ladders(config, target, draft)
         self._load_params = load_params
-        self.programs = Programs(find_settings(config, target, draft, dtype), self._ladders)
+        self.programs = Programs(find_settings(config, target, draft, dtype), self._ladders, layout)
         num_drafts = {size: self.programs.num_draft_tokens(size) for size in self._ladders.block_sizes}
         self.policy = WidthPolicy(num_drafts)
         self._num_draft_tokens = num_drafts

@@ -6,7 +6,6 @@ In: sizes of both models and of the engine. Out: a breakdown, and a refusal that
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -15,6 +14,7 @@ from domino_jax.decoding.prefill import CHUNK_LENGTHS
 from domino_jax.decoding.state import DecodeSettings
 from domino_jax.durable import format_bytes
 from domino_jax.serving.programs import Ladders, Programs, Shape
+from domino_jax.sharding import Layout, count_device_bytes
 
 _LOGIT_COPIES = 4
 """Float32 arrays as large as a round's logits that sampling holds at once: logits, log-weights, noise, ranks."""
@@ -41,12 +41,14 @@ class MemoryPlan:
         return [f"  {name:{width}}  {format_bytes(size):>10}" for name, size in rows]
 
 
-def plan_memory(settings: DecodeSettings, ladders: Ladders, target_bytes: int, draft_bytes: int) -> MemoryPlan:
-    """Return what the engine holds at its largest: every slot in use at the longest length.
+def plan_memory(
+    settings: DecodeSettings, ladders: Ladders, target_bytes: int, draft_bytes: int, layout: Layout | None = None
+) -> MemoryPlan:
+    """Return what each device holds at its largest: every slot in use at the longest length.
 
-    `target_bytes` and `draft_bytes` are those of the weights.
+    `target_bytes` and `draft_bytes` are those of its weights. Temporaries of a round are counted as on one device.
     """
-    programs = Programs(settings, ladders)
+    programs = Programs(settings, ladders, layout)
     full = Shape(ladders.rows[-1], ladders.positions[-1])
     slots = programs.slots_shape(full)
     caches = slots.decode.target_cache, slots.decode.draft_cache
@@ -58,12 +60,12 @@ def plan_memory(settings: DecodeSettings, ladders: Ladders, target_bytes: int, d
     parts = [
         ("target's weights", target_bytes),
         ("drafter's weights", draft_bytes),
-        (f"target's caches ({full.rows} slots x {full.positions} positions)", _num_bytes(caches[0])),
-        ("draft's context caches", _num_bytes(caches[1])),
-        ("tokens, bias and counts of the slots", _num_bytes(slots) - _num_bytes(caches)),
+        (f"target's caches ({full.rows} slots x {full.positions} positions)", count_device_bytes(caches[0])),
+        ("draft's context caches", count_device_bytes(caches[1])),
+        ("tokens, bias and counts of the slots", count_device_bytes(slots) - count_device_bytes(caches)),
         ("the next smaller batch, held while slots are moved", largest_step),
         ("a prompt being run", _shape_bytes(programs, Shape(1, full.positions))),
-        (f"prefix cache ({ladders.num_blocks} blocks)", _num_bytes(programs.pool_shape())),
+        (f"prefix cache ({ladders.num_blocks} blocks)", count_device_bytes(programs.pool_shape())),
         ("logits of a round and their sampling", _LOGIT_COPIES * logits),
         ("attention scores of a round or of a prompt's chunk", _SCORE_COPIES * scores),
         ("logits of a prompt's chunk, where they are scored", 2 * chunk * settings.target.vocab_size * 4),
@@ -72,11 +74,14 @@ def plan_memory(settings: DecodeSettings, ladders: Ladders, target_bytes: int, d
 
 
 def find_memory_limit(fraction: float) -> int:
-    """Return the bytes an engine may use: `fraction` of the device's memory, on a CPU of the memory that is free."""
+    """Return the bytes an engine may use of a device: `fraction` of its memory, on a CPU of what is free.
+
+    Virtual devices of a CPU share that.
+    """
     stats = jax.devices()[0].memory_stats() or {}
     available = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     if "bytes_limit" not in stats:
-        available = _free_host_memory()
+        available = _free_host_memory() // jax.local_device_count()
     return int(available * fraction)
 
 
@@ -101,9 +106,5 @@ def require_fit(plan: MemoryPlan, limit_bytes: int, largest_fit: Callable[[], st
         )
 
 
-def _num_bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
 def _shape_bytes(programs: Programs, shape: Shape) -> int:
-    return _num_bytes(programs.slots_shape(shape))
+    return count_device_bytes(programs.slots_shape(shape))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,9 @@ from domino_jax.decoding.prefix_pool import PrefixPool
 from domino_jax.decoding.slots import CallResult, SlotState
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.ops.scoring import Scores
+from domino_jax.sharding import Layout, activate, constrain, constrain_tree
+
+_T = TypeVar("_T")
 
 MAX_STOP_IDS = 32
 """Stop ids a request may have."""
@@ -133,8 +136,13 @@ class Programs:
         costs: what a round costs, by shape, block size and manner of sampling; known after `measure`.
     """
 
-    def __init__(self, settings: DecodeSettings, ladders: Ladders) -> None:
-        """Plan the programs; `take_params` and `compile_all` make them."""
+    def __init__(self, settings: DecodeSettings, ladders: Ladders, layout: Layout | None = None) -> None:
+        """Plan the programs; `take_params` and `compile_all` make them.
+
+        With a layout they run on its mesh: heads, MLP and vocabulary are split over `model`, the rows of a batch over
+        `data` where it divides their number. The text is the same.
+        """
+        self._layout = layout
         self.settings = settings
         self.ladders = ladders
         self.costs: dict[tuple[Shape, int, Manner], RoundCost] = {}
@@ -147,18 +155,28 @@ class Programs:
 
     def slots_shape(self, shape: Shape) -> SlotState:
         """Return shapes and types of a state, without arrays."""
-        return jax.eval_shape(lambda: self._init_slots(shape))
+        return self._lay_out(jax.eval_shape(lambda: self._init_slots(shape)))
 
     def pool_shape(self) -> PrefixPool:
         """Return shapes and types of the prefix pool, without arrays."""
-        return jax.eval_shape(self.init_pool)
+        ladders = self.ladders
+        shape = partial(prefix_pool.init_pool, self.settings, ladders.num_blocks, ladders.block_len)
+        return self._lay_out(jax.eval_shape(shape))
+
+    def _lay_out(self, shapes: _T) -> _T:
+        return self._layout.abstract(shapes) if self._layout else shapes
 
     def init_pool(self) -> PrefixPool:
         """Return an empty prefix pool."""
+        if self._layout:
+            return self._layout.zeros(self.pool_shape())
         return prefix_pool.init_pool(self.settings, self.ladders.num_blocks, self.ladders.block_len)
 
     def _init_slots(self, shape: Shape) -> SlotState:
         return slots.init_slots(self.settings, shape.rows, shape.positions, MAX_STOP_IDS, self.ladders.max_rounds)
+
+    def _init_free(self, shape: Shape) -> SlotState:
+        return constrain_tree(self._init_slots(shape))
 
     def init_slots(self, shape: Shape) -> SlotState:
         """Return free slots."""
@@ -178,7 +196,7 @@ class Programs:
     def _lowerings(self) -> Iterator[tuple[tuple, Callable[[], Any]]]:
         """Yield the key of every program, and what lowers it."""
         ladders, settings = self.ladders, self.settings
-        params = _shapes_of(self._params)
+        params = self._lay_out(_shapes_of(self._params))
         flag, number = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((), jnp.int32)
 
         state = self.slots_shape
@@ -187,7 +205,7 @@ class Programs:
             return lambda: function.lower(*arguments)
 
         for shape in {*ladders.shapes, *(Shape(1, positions) for positions in ladders.positions)}:
-            yield ("init", shape), lower(jax.jit(partial(self._init_slots, shape)))
+            yield ("init", shape), lower(jax.jit(partial(self._init_free, shape)))
         for shape in ladders.shapes:
             for size in ladders.block_sizes:
                 mask = jax.ShapeDtypeStruct((shape.rows,), bool)
@@ -207,7 +225,7 @@ class Programs:
                 rows = jax.ShapeDtypeStruct((other.rows,), jnp.int32)
                 mask = jax.ShapeDtypeStruct((other.rows,), bool)
                 yield ("resize", shape, other), lower(slot_rows.resize_slots, state(shape), rows, mask, other.positions)
-        last_hidden = jax.ShapeDtypeStruct((1, settings.target.hidden_size), settings.dtype)
+        last_hidden = self._states_shape(1, settings.target.hidden_size)
         pool = self.pool_shape()
         for positions in ladders.positions:
             row = state(Shape(1, positions))
@@ -221,10 +239,14 @@ class Programs:
                 yield ("load", positions), lower(prefix_pool.load_blocks, pool, row, ids, mask)
                 yield ("store", positions), lower(prefix_pool.store_blocks, pool, row, ids)
         for length in self._chunks(ladders.positions[-1]):
-            hidden = jax.ShapeDtypeStruct((1, length, settings.target.hidden_size), settings.dtype)
+            hidden = self._states_shape(1, length, settings.target.hidden_size)
             tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
             yield ("score", length), lower(slots.score_chunk, settings, params, hidden, tokens)
             yield ("last", length), lower(_take_position, hidden, number)
+
+    def _states_shape(self, *sizes: int) -> jax.ShapeDtypeStruct:
+        name = "hidden" if len(sizes) == 3 else "last_hidden"
+        return self._lay_out({name: jax.ShapeDtypeStruct(sizes, self.settings.dtype)})[name]
 
     def _chunks(self, positions: int) -> list[int]:
         return [length for length in CHUNK_LENGTHS if length <= positions]
@@ -249,7 +271,9 @@ class Programs:
             for key, lower in lowerings:
                 if is_stopped():
                     break
-                futures[pool.submit(lower().compile)] = key
+                with activate(self._layout):
+                    lowered = lower()
+                futures[pool.submit(lowered.compile)] = key
                 self._collect(futures, report, len(lowerings))
             for future in as_completed(list(futures)):
                 self._compiled[futures[future]] = future.result()
@@ -376,7 +400,7 @@ class Programs:
 
 @jax.jit
 def _take_position(hidden: jax.Array, position: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(hidden, position, axis=1, keepdims=False)
+    return constrain(jax.lax.dynamic_index_in_dim(hidden, position, axis=1, keepdims=False), "states")
 
 
 def _shapes_of(tree: Any) -> Any:

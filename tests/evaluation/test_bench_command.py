@@ -123,6 +123,7 @@ def test_the_three_forms_and_the_settings(run, material):
         "target": str(material / "target"),
         "draft": str(material / "draft"),
         "dtype": "float32",
+        "mesh": None,
         "rule": "seed-exact",
         "block_size": BLOCK,
         "use_head": True,

@@ -13,10 +13,14 @@ PATIENCE_S = 300
 class EngineDriver:
     """A started engine; `run` submits requests and waits for their ends."""
 
-    def __init__(self, decoder, load_params=None, **config):
+    def __init__(self, decoder, load_params=None, layout=None, **config):
         settings = decoder.settings
         self.engine = SlotEngine(
-            settings.target, settings.draft, load_params or (lambda: decoder.params), EngineConfig(**config)
+            settings.target,
+            settings.draft,
+            load_params or (lambda: decoder.params),
+            EngineConfig(**config),
+            layout=layout,
         )
         self.events = defaultdict(list)
         self.calls = []
