@@ -33,7 +33,7 @@ from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import explain_or_raise, stop_requests
 
 EXIT_LOST, EXIT_BUG = 3, 1
-HEARTBEAT_TIMEOUT_S = 60
+HEARTBEAT_TIMEOUT_S = 100
 """Seconds without a sign of life after which a process counts as dead."""
 _JOIN_TIMEOUT_S = 300
 _LEAVE_TIMEOUT_S = 10.0
