@@ -171,7 +171,7 @@ def _guarded(run: Callable[[], None]) -> int:
     """Return the exit status of `run`; whatever it raises is told here, since the process may have to end by force."""
     try:
         return explain_or_raise(run)
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # a collective's failure is told as one or the other
         if not _is_lost(error):
             traceback.print_exc()
             return EXIT_BUG
@@ -182,14 +182,14 @@ def _guarded(run: Callable[[], None]) -> int:
             file=sys.stderr,
         )
         return EXIT_LOST
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - told here, since the process is about to end without unwinding
         traceback.print_exc()
         return EXIT_BUG
 
 
 def _is_lost(error: Exception) -> bool:
     """Return whether a collective failed because of another process: gloo and the coordination service say so."""
-    return bool(re.search("gloo|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination|heartbeat", str(error), re.I))
+    return bool(re.search("gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination|heartbeat", str(error), re.I))
 
 
 def _first_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""One training in several processes of this machine, joined by gloo: same losses, one writer, ends together, goes on."""
+"""One training in several processes of this machine, joined by gloo: same losses, one writer, a common end."""
 
 import os
 import signal
@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -17,8 +18,15 @@ from domino_jax.data.responses import write_chats
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.processes import ProcessError
-from domino_jax.run_config import DataConfig, DraftSettings, MeshConfig, ObjectiveConfig, RunConfig, TargetSource
-from domino_jax.run_config import TrainConfig
+from domino_jax.run_config import (
+    DataConfig,
+    DraftSettings,
+    MeshConfig,
+    ObjectiveConfig,
+    RunConfig,
+    TargetSource,
+    TrainConfig,
+)
 from domino_jax.runs import folder as folder_module
 from domino_jax.runs import training_run as training_run_module
 from domino_jax.runs.draft import find_places
@@ -30,6 +38,7 @@ from domino_jax.runs.training_run import check_run, run_training
 from domino_jax.sharding import Layout, build_layout
 
 NUM_STEPS, LOSS_TOLERANCE = 20, 1e-5
+ONE = MeshConfig()
 END_TOGETHER_S = 60.0
 CONFIG = """
 from domino_jax.run_config import *
@@ -59,13 +68,15 @@ def material(tmp_path_factory):
     return root
 
 
-def make_config(material, output_dir, with_eval=False, mesh=MeshConfig(), **data):
+def make_config(material, output_dir, with_eval=False, mesh=ONE, initial_weights="fresh", **data):
     settings = {"max_length": 48, "batch_size": 8, "micro_steps": 2} | data
     return RunConfig(
         name="run",
         output_dir=str(output_dir),
         target=TargetSource(str(material / "target")),
-        draft=DraftSettings(num_hidden_layers=1, block_size=4, gru_hidden_dim=8, emb_dim=4),
+        draft=DraftSettings(
+            num_hidden_layers=1, block_size=4, gru_hidden_dim=8, emb_dim=4, initial_weights=initial_weights
+        ),
         data=DataConfig(str(material / "train.jsonl"), str(material / "eval.jsonl") if with_eval else "", **settings),
         objective=ObjectiveConfig(num_anchors=4, head_chunk=2),
         train=TrainConfig(
@@ -95,7 +106,9 @@ class Processes:
         environment.pop("XLA_FLAGS", None)
         command = [sys.executable, "-m", "tests.runs.paced_train", "--config", config_file]
         command += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
-        self.said = [open(f"{config_file}.{number}.log", "w+") for number in range(count)]
+        with ExitStack() as files:
+            self.said = [files.enter_context(open(f"{config_file}.{i}.log", "w+")) for i in range(count)]
+            self.files = files.pop_all()
         self.processes = [
             subprocess.Popen(
                 [*command, f"--process-id={number}", *(last if number == count - 1 else ())],
@@ -146,8 +159,7 @@ def start(repository):
         for process in run.processes:
             process.kill()
             process.wait()
-        for file in run.said:
-            file.close()
+        run.files.close()
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +199,10 @@ def test_two_processes_have_the_losses_of_one(material, alone, start, tmp_path):
 @pytest.mark.slow
 def test_held_out_prompts_and_report_are_those_of_one_process(material, start, tmp_path):
     """Every process decodes, the first one alone writes: the folder holds the same files."""
-    run = start(make_config(material, tmp_path / "out", with_eval=True, bucket_widths=(28,)), 2)
+    settings = {"with_eval": True, "initial_weights": "target", "bucket_widths": (28,)}
+    run = start(make_config(material, tmp_path / "out", mesh=MeshConfig(fsdp=True), **settings), 2)
     assert run.statuses() == [0, 0], run.texts()
-    run_training(make_config(material, tmp_path / "one" / "out", with_eval=True, bucket_widths=(28,)))
+    run_training(make_config(material, tmp_path / "one" / "out", **settings))
     np.testing.assert_allclose(
         losses_of(tmp_path / "out"), losses_of(tmp_path / "one" / "out"), rtol=0, atol=LOSS_TOLERANCE
     )
