@@ -217,30 +217,37 @@ def test_held_out_prompts_and_report_are_those_of_one_process(material, start, t
 
 
 @pytest.mark.slow
-def test_four_processes_stop_together_and_others_go_on(material, alone, start, tmp_path):
-    """SIGTERM to one of four, SIGKILL to one of two, then to the first of two, and one process comes to the end."""
+def test_four_processes_stop_together_and_two_go_on(material, alone, start, tmp_path):
+    """SIGTERM reaches one of them; what they saved is read by another number of processes on another mesh."""
     output = tmp_path / "out"
-    folder = output / "run" / "checkpoints"
     run = start(make_config(material, output, mesh=MeshConfig(model=2, fsdp=True)), 4, pace=0.5)
-    run.wait_for(folder / "4")
+    run.wait_for(output / "run" / "checkpoints" / "4")
     run.processes[3].send_signal(signal.SIGTERM)
     assert run.statuses() == [EXIT_STOPPED] * 4, run.texts()
     stopped_at = steps_in(output)[-1]
-    assert 4 <= stopped_at < 16
+    assert 4 <= stopped_at < NUM_STEPS
     assert all(f"stopped at step {stopped_at} of 20 and saved" in text for text in run.texts())
-    for victim in (1, 0):
-        run = start(make_config(material, output), 2, pace=0.3)
-        run.wait_for(folder / str(steps_in(output)[-1] // 4 * 4 + 4))
-        run.processes[victim].kill()
-        killed_at = time.monotonic()
-        statuses = run.statuses(2 * END_TOGETHER_S)
-        assert time.monotonic() - killed_at < END_TOGETHER_S
-        assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] not in (0, -signal.SIGKILL)
-        told = run.texts()[1 - victim]
-        assert "lost contact" in told or "another task died" in told
-        if victim == 1:
-            assert f"going on from step {stopped_at}" in run.texts()[0] and statuses[0] == EXIT_LOST
-    assert steps_in(output)[-1] < NUM_STEPS
+    run = start(make_config(material, output), 2)
+    assert run.statuses() == [0, 0], run.texts()
+    assert f"going on from step {stopped_at}" in run.texts()[0]
+    np.testing.assert_allclose(losses_of(output), alone, rtol=0, atol=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_the_other_and_one_goes_on(material, alone, start, tmp_path, victim):
+    output = tmp_path / "out"
+    run = start(make_config(material, output, mesh=MeshConfig(fsdp=True)), 2, pace=0.3)
+    run.wait_for(output / "run" / "checkpoints" / "8")
+    run.processes[victim].kill()
+    killed_at = time.monotonic()
+    statuses = run.statuses(2 * END_TOGETHER_S)
+    assert time.monotonic() - killed_at < END_TOGETHER_S
+    assert statuses[victim] == -signal.SIGKILL and statuses[1 - victim] in (EXIT_LOST, -signal.SIGABRT)
+    told = run.texts()[1 - victim]
+    # Whatever is noticed first: the broken connection of a collective (ours), or the coordinator's end (jax aborts).
+    assert "lost contact to another one" in told or "another task died" in told
+    assert 8 <= steps_in(output)[-1] < NUM_STEPS
     run_training(make_config(material, output))
     np.testing.assert_allclose(losses_of(output), alone, rtol=0, atol=LOSS_TOLERANCE)
 
