@@ -113,9 +113,7 @@ class TrainCheckpoints:
         on_first(lambda: self._check_room(step, num_bytes))
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
         try:
-            with _quiet_orbax():
-                self._orbax.save(self._partial(step), args=ocp.args.Composite(**arguments))
-            on_first(lambda: self._put_in_place(step))
+            self._write(step, ocp.args.Composite(**arguments))
         except (OSError, ValueError) as error:
             if is_first():
                 self._remove_partial()
@@ -204,6 +202,11 @@ class TrainCheckpoints:
 
     def _partial(self, step: int) -> Path:
         return self.directory / f"{step}{_PARTIAL}"
+
+    def _write(self, step: int, arguments: ocp.args.Composite) -> None:
+        with _quiet_orbax():
+            self._orbax.save(self._partial(step), args=arguments)
+        on_first(lambda: self._put_in_place(step))
 
     def _put_in_place(self, step: int) -> None:
         partial = self._partial(step)
