@@ -32,7 +32,7 @@ from domino_jax.runs.errors import RunStopped
 from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
-from domino_jax.runs.launch import check_same_settings, is_stop_agreed, shared_stop_requests
+from domino_jax.runs.launch import check_same_settings, compile_together, is_stop_agreed, shared_stop_requests
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.provenance import describe_tokenizer
 from domino_jax.runs.target_model import TargetModel
@@ -308,7 +308,7 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     layout = run.target.layout
     train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps, layout)
     first = int(state.step)
-    skips, compiled_widths = _SkipWatch(run), set[int]()
+    skips, steps = _SkipWatch(run), dict[int, Callable[..., tuple[TrainState, dict]]]()
     with shared_stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
@@ -317,11 +317,13 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             called = time.perf_counter()
             with activate(layout):
                 inputs = split_batch(batch, run.config.data.micro_steps, layout)
-                state, metrics = train_step(state, run.target.params, inputs)
-            width = batch.input_ids.shape[1]
-            if width not in compiled_widths:  # the call returned when the step was compiled; its work goes on
+                width = batch.input_ids.shape[1]
+                is_new = width not in steps
+                if is_new:
+                    steps[width] = compile_together(train_step, state, run.target.params, inputs)
+                state, metrics = steps[width](state, run.target.params, inputs)
+            if is_new:  # the call returned when the step was compiled; its work goes on
                 compile_s = time.perf_counter() - called
-                compiled_widths.add(width)
                 run.monitor.say(f"step {step}: compiled for batches padded to {width} tokens in {compile_s:.1f} s")
                 began += compile_s
             skips.check()

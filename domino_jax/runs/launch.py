@@ -28,7 +28,7 @@ from jax.experimental import multihost_utils
 import domino_jax
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import ConfigError, require, to_json_dict
-from domino_jax.processes import ProcessError, check_same, is_first
+from domino_jax.processes import ProcessError, check_same, is_first, on_all
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import explain_or_raise, stop_requests
 
@@ -121,6 +121,16 @@ def shared_stop_requests() -> Iterator[list[int]]:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def compile_together(step: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
+    """Return a jitted `step` ready to be called; of several processes, when all of them have compiled it.
+
+    On CPUs gloo gives up a first exchange that one process is 30 s late for, and compiling can take longer on one.
+    """
+    if jax.process_count() == 1:
+        return step
+    return on_all(lambda: step.lower(*arguments).compile())
 
 
 def check_same_settings(values: Mapping[str, Any], advice: str) -> None:
