@@ -33,13 +33,14 @@ class ChatRow:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """Token ids of one optimizer step, right-padded to the width of the batch.
+    """Token ids of one optimizer step, right-padded to the width of the batch; of many processes each has its rows.
 
     Attributes:
         input_ids: int32 [sequences, width]; padding is 0.
         loss_mask: float32 [sequences, width]; 1 on the assistant tokens that are learned, 0 on prompt and padding.
         lengths: int32 [sequences]; tokens that are not padding.
-        line_nos: int64 [sequences]; 1-based line of the data file each sequence comes from, 0 where it has none.
+        line_nos: int64; 1-based line of the data file of each sequence, 0 where it has none; those of all processes.
+        num_tokens: sum of `lengths` over all processes.
         features: [sequences, width, captured layers x hidden size] of the target, where they were computed before.
         last_hidden: [sequences, width, hidden size], the target's final-normed states, where they were computed before.
     """
@@ -48,6 +49,7 @@ class TrainBatch:
     loss_mask: np.ndarray
     lengths: np.ndarray
     line_nos: np.ndarray
+    num_tokens: int
     features: np.ndarray | None = None
     last_hidden: np.ndarray | None = None
 

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from domino_jax.config import DraftConfig, TargetConfig, require
@@ -143,6 +144,38 @@ class Layout:
         """
         return jax.tree.map(_place, tree, self.shardings(tree))
 
+    def find_places(self, num_rows: int) -> list[int]:
+        """Return which rows of a batch axis of `num_rows` the devices of this process hold, ascending.
+
+        Processes that share a layer over `model` hold the same ones.
+        """
+        rows = np.arange(num_rows)
+        held = self._batch_sharding(num_rows).addressable_devices_indices_map((num_rows,)).values()
+        return sorted({row for index in held for row in rows[index].tolist()})
+
+    def place_rows(self, tree: _T, num_rows: int) -> _T:
+        """Return a batch of training laid out on the mesh, of which every process gives the rows at its `find_places`.
+
+        Raises:
+            ValueError: as `shardings`.
+        """
+
+        def place(leaf: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            shape = (leaf.shape[0], num_rows, *leaf.shape[2:])
+            return jax.make_array_from_process_local_data(sharding, leaf, shape)
+
+        whole = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((leaf.shape[0], num_rows, *leaf.shape[2:]), leaf.dtype), tree
+        )
+        return jax.tree.map(place, tree, self.shardings(whole))
+
+    def _batch_sharding(self, num_rows: int) -> NamedSharding:
+        return NamedSharding(self.mesh, _fit(("batch",), (num_rows,), dict(self.mesh.shape), False))
+
+    def replicate(self, tree: _T) -> _T:
+        """Return a tree of traced arrays that is whole on every device."""
+        return jax.lax.with_sharding_constraint(tree, NamedSharding(self.mesh, PartitionSpec()))
+
     def zeros(self, shapes: _T) -> _T:
         """Return arrays of zeros of the shapes and types of a tree, each made where it will live.
 
@@ -231,6 +264,17 @@ def activate(layout: Layout | None) -> AbstractContextManager[Any]:
     None leaves everything on one device.
     """
     return nullcontext() if layout is None else jax.set_mesh(layout.mesh)
+
+
+def fetch(tree: _T) -> _T:
+    """Return a tree of arrays as numpy arrays, whole in every process; all of them call it."""
+
+    def get(leaf: Any) -> np.ndarray:
+        if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
+
+    return jax.tree.map(get, tree)
 
 
 def count_device_bytes(tree: Any) -> int:
@@ -346,7 +390,8 @@ def _find_axes(path: str, ndim: int) -> _Axes:
 
 
 def _place(leaf: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array) and (sharding.is_fully_addressable or not leaf.is_fully_addressable):
         return jax.device_put(leaf, sharding)
+    # To devices of other processes `device_put` would first compare all values between them.
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

@@ -6,11 +6,15 @@ disk; a crash or a full disk while saving leaves the earlier steps as they were.
 written is named, moved aside and never used. Leaves are stored under their tree path, so that the first thing that
 does not fit is named. This module knows nothing of models.
 
+With several processes all of them call each method of `TrainCheckpoints`, on one folder that all of them see: each
+writes and reads its own parts of the arrays, and the first alone decides, lists, renames and removes.
+
 Source: Orbax `Checkpointer`. Its `CheckpointManager` renames a step into place before anything could list the files;
 a step killed in between could not be told from a damaged one.
 """
 
 import base64
+import json
 import logging
 import math
 import os
@@ -28,8 +32,11 @@ import orbax.checkpoint as ocp
 from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.durable import NO_ROOM, find_room, flush_tree, format_bytes, move, remove
+from domino_jax.processes import is_first, on_first
 
 _STATE, _RECORD = "state", "record"
+_RECORD_FILE = "metadata"
+"""What Orbax calls the one file of a JSON item."""
 _PARTIAL, _REPLACED, _DAMAGED = ".partial", ".replaced", "damaged"
 _OVERHEAD_BYTES = 1 << 20  # names, shapes, the record, and files rounded up to blocks
 _NUM_NAMED = 5
@@ -69,10 +76,14 @@ class TrainCheckpoints:
             raise CheckpointError(f"keep is {keep}; at least 1 checkpoint must be kept")
         self._keep, self._say = keep, say
         self.directory = Path(directory).absolute()
-        self.directory.mkdir(parents=True, exist_ok=True)
         handlers = {_STATE: ocp.StandardCheckpointHandler(), _RECORD: ocp.JsonCheckpointHandler()}
         self._orbax = ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers))
-        self._remove_partial()
+
+        def prepare() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._remove_partial()
+
+        on_first(prepare)
 
     def save(
         self,
@@ -99,13 +110,13 @@ class TrainCheckpoints:
         }
         stored = {name: _as_stored(leaf) for name, leaf in _named_leaves(state).items()}
         num_bytes = sum(leaf.nbytes for leaf in stored.values()) + _OVERHEAD_BYTES
-        if find_room(self.directory)[1] < num_bytes:
-            raise self._no_room(step, num_bytes)
+        on_first(lambda: self._check_room(step, num_bytes))
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
         try:
             self._write(step, ocp.args.Composite(**arguments))
         except (OSError, ValueError) as error:
-            self._remove_partial()
+            if is_first():
+                self._remove_partial()
             if not _is_from_system(error):
                 raise
             # Other writes failed with the first; asyncio would tell them one by one after the error that ends the run.
@@ -116,10 +127,7 @@ class TrainCheckpoints:
                     "disk, then the same command goes on"
                 ) from error
             raise self._no_room(step, num_bytes) from error
-        best = self.best_step()
-        for old in self._steps()[: -self._keep]:
-            if old != best:
-                self._drop(old)
+        on_first(self._drop_old)
 
     def restore(self, state_like: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]] | None:
         """Return (state, data_state, metadata) of `step` (default: the latest), or None where nothing was ever stored.
@@ -131,16 +139,8 @@ class TrainCheckpoints:
             CheckpointError: `step` is not stored or damaged, all steps are damaged, a file cannot be read now, or the
                 state does not fit `state_like`.
         """
-        if step is None:
-            step = self._latest_whole()
-            return None if step is None else self._read(step, state_like)
-        if step not in self._steps():
-            held = ", ".join(map(str, self._steps())) or "none"
-            raise CheckpointError(f"step {step} is not stored in {self.directory}; stored steps: {held}")
-        damage = find_damage(self._folder(step))
-        if damage:
-            raise CheckpointError(f"step {step} in {self.directory} is damaged: {_shorten(damage)}")
-        return self._read(step, state_like)
+        chosen = on_first(self._latest_whole if step is None else lambda: self._check_whole(step))
+        return None if chosen is None else self._read(chosen, state_like)
 
     def restore_best(self, state_like: Any) -> tuple[int, Any] | None:
         """Return (step, state) with the highest metric, or None where no step has one.
@@ -150,19 +150,26 @@ class TrainCheckpoints:
         Raises:
             CheckpointError: the state does not fit `state_like`.
         """
-        while (step := self.best_step()) is not None:
-            damage = find_damage(self._folder(step))
-            if not damage:
-                return step, self._read(step, state_like)[0]
-            self._set_aside(step, damage)
-            self._say("it was the best step; the next best is used, or the latest")
-        return None
+        step = on_first(self._best_whole)
+        return None if step is None else (step, self._read(step, state_like)[0])
 
     def best_step(self) -> int | None:
         """Return the stored step with the highest metric, or None where no step has one.
 
         A step whose metric can no longer be trusted is moved aside.
         """
+        return on_first(self._find_best)
+
+    def _best_whole(self) -> int | None:
+        while (step := self._find_best()) is not None:
+            damage = find_damage(self._folder(step))
+            if not damage:
+                return step
+            self._set_aside(step, damage)
+            self._say("it was the best step; the next best is used, or the latest")
+        return None
+
+    def _find_best(self) -> int | None:
         ranked = []
         for step in self._steps():
             damage = find_damage(self._folder(step), f"{_RECORD}/")
@@ -193,10 +200,16 @@ class TrainCheckpoints:
         for path in self.directory.glob(f"*{_PARTIAL}*"):
             shutil.rmtree(path)
 
+    def _partial(self, step: int) -> Path:
+        return self.directory / f"{step}{_PARTIAL}"
+
     def _write(self, step: int, arguments: ocp.args.Composite) -> None:
-        partial = self.directory / f"{step}{_PARTIAL}"
         with _quiet_orbax():
-            self._orbax.save(partial, args=arguments)
+            self._orbax.save(self._partial(step), args=arguments)
+        on_first(lambda: self._put_in_place(step))
+
+    def _put_in_place(self, step: int) -> None:
+        partial = self._partial(step)
         write_manifest(partial, str(step))
         flush_tree(partial)
         folder, replaced = self._folder(step), self.directory / f"{step}{_REPLACED}"
@@ -205,9 +218,15 @@ class TrainCheckpoints:
         move(partial, folder)
         remove(replaced)  # there is one only where a step was stored twice
 
+    def _drop_old(self) -> None:
+        best = self._find_best()
+        for old in self._steps()[: -self._keep]:
+            if old != best:
+                self._drop(old)
+
     def _drop(self, step: int) -> None:
         """Remove a step; cut short, it is no step that misses files."""
-        partial = self.directory / f"{step}{_PARTIAL}"
+        partial = self._partial(step)
         self._folder(step).rename(partial)
         shutil.rmtree(partial)
 
@@ -223,8 +242,17 @@ class TrainCheckpoints:
         return state, _decode_data_state(record["data_state"]), record["metadata"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        arguments = ocp.args.Composite(**{_RECORD: ocp.args.JsonRestore()})
-        return self._orbax.restore(self._folder(step), args=arguments)[_RECORD]
+        # Read without Orbax, which would wait for all processes.
+        return json.loads((self._folder(step) / _RECORD / _RECORD_FILE).read_text(encoding="utf-8"))
+
+    def _check_whole(self, step: int) -> int:
+        if step not in self._steps():
+            held = ", ".join(map(str, self._steps())) or "none"
+            raise CheckpointError(f"step {step} is not stored in {self.directory}; stored steps: {held}")
+        damage = find_damage(self._folder(step))
+        if damage:
+            raise CheckpointError(f"step {step} in {self.directory} is damaged: {_shorten(damage)}")
+        return step
 
     def _latest_whole(self) -> int | None:
         """Return the latest step whose files are as written, or None where there never was a step."""
@@ -256,6 +284,10 @@ class TrainCheckpoints:
     def _what_is_left(self) -> str:
         steps = self._steps()
         return f"the latest step stored is {steps[-1]}" if steps else "no step is stored"
+
+    def _check_room(self, step: int, num_bytes: int) -> None:
+        if find_room(self.directory)[1] < num_bytes:
+            raise self._no_room(step, num_bytes)
 
     def _no_room(self, step: int, num_bytes: int) -> CheckpointError:
         _, free = find_room(self.directory)

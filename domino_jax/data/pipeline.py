@@ -10,10 +10,10 @@ Source: an anchor needs two neighbouring supervised tokens (METHOD: training exa
 """
 
 import hashlib
-import math
+import sys
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.data.bucket_plan import BucketPlan
+from domino_jax.data.bucket_plan import BucketPlan, PlannedBatch
 from domino_jax.data.chat_template import ChatTemplateError, render_chat
 from domino_jax.data.responses import RawRow, ResponsesError, RowError, RowReport, parse_row, scan_rows
 from domino_jax.records import ChatRow, TrainBatch
@@ -190,7 +190,7 @@ class BatchIterator(Iterator[TrainBatch]):
         """Go on where `state` was taken.
 
         Raises:
-            ResponsesError: the position belongs to another file, seed, batch size, length, widths or process layout.
+            ResponsesError: the position belongs to another file, seed, batch size, length or widths.
         """
         changed = [
             f"{'hash of the usable rows' if name == 'rows' else name} was {state.get(name)!r} and is {value!r}"
@@ -213,24 +213,24 @@ def build_dataset(
     vocab_size: int,
     seed: int,
     num_epochs: int | float | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
     bad_rows_log: Path | None = None,
     source: RowSource | None = None,
+    places: Sequence[int] | None = None,
 ) -> tuple[BatchIterator, RowIndex, int]:
     """Check `path` and return its batches, what the check found, and the number of usable rows.
 
     Bad rows that are skipped are written to `bad_rows_log`, one JSON object a line; the log of an earlier check goes.
     `source` has the rows of `path` where they are checked already; the order of the batches is the same.
     `num_epochs` may be a fraction; None never ends. With fewer rows than a batch a batch holds a row more than once,
-    from successive epochs. Each of `process_count` processes gets `batch_size / process_count` rows of every batch.
+    from successive epochs. With `places` only the rows at these places of every batch are read, for a process that
+    holds no others; the batches are the same however many processes share them, and so is a saved position.
 
     Raises:
         ResponsesError: no row can be used, too many are bad, or all epochs together do not fill one batch.
         RowError: a bad row while `config.bad_rows` is `fail`.
-        ValueError: `batch_size` does not divide over the processes, or an argument is out of range.
+        ValueError: an argument is out of range.
     """
-    _check_arguments(config, seed, num_epochs, process_index, process_count)
+    _check_arguments(config, seed, num_epochs, places)
     if source is None:
         source = ChatSource(path, tokenizer, config, vocab_size, bad_rows_log)
     num_rows = len(source)
@@ -242,34 +242,52 @@ def build_dataset(
                 f"{path}: {num_rows} usable rows x {num_epochs} epochs do not fill one batch of {config.batch_size}; "
                 "lower data.batch_size, give more rows or more epochs"
             )
-    part = slice(process_index, None, process_count)
+    plan: Sequence[PlannedBatch]
     if config.bucket_widths:
         plan = BucketPlan(
             source.index.lengths, (*config.bucket_widths, config.max_length), config.batch_size, seed, num_epochs
         )
         widths, counts = plan.widths, plan.num_rows_by_width
-        batches = grain.MapDataset.source(plan).map(
-            lambda batch: pad_batch([source[row] for row in batch.rows[part].tolist()], batch.width)
-        )
     else:
+        plan = _OneWidthPlan(num_rows, config.max_length, config.batch_size, seed, num_batches)
         widths, counts = (config.max_length,), (num_rows,)
-        rows = grain.MapDataset.source(source).shuffle(seed)
-        rows = rows.repeat() if num_batches is None else rows.repeat(math.ceil(num_epochs))
-        batches = (rows if num_batches is None else rows[: num_batches * config.batch_size])[part].batch(
-            config.batch_size // process_count,
-            drop_remainder=True,
-            batch_fn=lambda rows: pad_batch(rows, config.max_length),
-        )
+    batches = grain.MapDataset.source(plan).map(lambda batch: _read_batch(source, batch, places))
     identity = {
         "rows": source.index.fingerprint,
         "seed": seed,
         "batch_size": config.batch_size,
         "max_length": config.max_length,
         "bucket_widths": list(config.bucket_widths),
-        "process": [process_index, process_count],
     }
     layout = _describe_layout(source.index, widths, counts, num_left)
     return BatchIterator(batches, num_batches, path, layout, identity), source.index, num_rows
+
+
+class _OneWidthPlan(Sequence[PlannedBatch]):
+    """The batches of a training run whose rows are all padded to one width; `plan[n]` is batch n."""
+
+    def __init__(self, num_rows: int, width: int, batch_size: int, seed: int, num_batches: int | None) -> None:
+        self._rows = grain.MapDataset.range(num_rows).shuffle(seed).repeat()
+        self._width, self._batch_size = width, batch_size
+        self._num_batches = sys.maxsize // batch_size if num_batches is None else num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __getitem__(self, number: int) -> PlannedBatch:
+        if not 0 <= number < len(self):
+            raise IndexError(f"batch {number} of {len(self)}")
+        first = number * self._batch_size
+        return PlannedBatch(self._width, np.array([self._rows[first + i] for i in range(self._batch_size)]))
+
+
+def _read_batch(source: RowSource, batch: PlannedBatch, places: Sequence[int] | None) -> TrainBatch:
+    if places is None:
+        return pad_batch([source[row] for row in batch.rows.tolist()], batch.width)
+    part = pad_batch([source[row] for row in batch.rows[list(places)].tolist()], batch.width)
+    rows, index = batch.rows.tolist(), source.index
+    line_nos = np.array([index.line_nos[row] for row in rows], np.int64)
+    return replace(part, line_nos=line_nos, num_tokens=sum(index.lengths[row] for row in rows))
 
 
 def _describe_layout(index: RowIndex, widths: Sequence[int], counts: Sequence[int], num_left: int) -> str:
@@ -280,16 +298,14 @@ def _describe_layout(index: RowIndex, widths: Sequence[int], counts: Sequence[in
 
 
 def _check_arguments(
-    config: DataConfig, seed: int, num_epochs: int | float | None, process_index: int, process_count: int
+    config: DataConfig, seed: int, num_epochs: int | float | None, places: Sequence[int] | None
 ) -> None:
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must lie in 0 .. 2**32 - 1")
     if num_epochs is not None and num_epochs <= 0:
         raise ValueError(f"num_epochs is {num_epochs}; it must be positive, or None for a stream without end")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index}; it must lie in 0 .. {process_count - 1}")
-    if config.batch_size % process_count:
-        raise ValueError(f"batch_size {config.batch_size} must be a multiple of the {process_count} processes")
+    if places is not None and not (places and all(0 <= place < config.batch_size for place in places)):
+        raise ValueError(f"places are {places}; they must lie in 0 .. {config.batch_size - 1}, one at least")
 
 
 def pad_batch(rows: Sequence[ChatRow], width: int) -> TrainBatch:
@@ -299,6 +315,7 @@ def pad_batch(rows: Sequence[ChatRow], width: int) -> TrainBatch:
         loss_mask=_pad([row.loss_mask for row in rows], width, np.dtype(np.float32)),
         lengths=np.array([len(row.ids) for row in rows], np.int32),
         line_nos=np.array([row.line_no for row in rows], np.int64),
+        num_tokens=sum(len(row.ids) for row in rows),
         features=_pad_arrays([row.features for row in rows], width),
         last_hidden=_pad_arrays([row.last_hidden for row in rows], width),
     )

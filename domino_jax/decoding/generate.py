@@ -23,7 +23,7 @@ from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.sampling import SamplingParams
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
 from domino_jax.shapes import Array, Float, Params
-from domino_jax.sharding import Layout, activate, check_sizes
+from domino_jax.sharding import Layout, activate, check_sizes, fetch
 
 _CACHE_STEP = 128
 
@@ -298,9 +298,16 @@ def init_state(
 def _to_generations(
     loop: DecodeSettings, state: DecodeState, prompts: list[Sequence[int]], budgets: list[int]
 ) -> list[Generation]:
-    tokens, sources = np.asarray(state.tokens), np.asarray(state.sources)
-    committed_len, has_stopped = np.asarray(state.committed_len), np.asarray(state.has_stopped)
-    lengths, num_rounds = np.asarray(state.acceptance_lengths), np.asarray(state.num_rounds)
+    tokens, sources, committed_len, has_stopped, lengths, num_rounds = fetch(
+        (
+            state.tokens,
+            state.sources,
+            state.committed_len,
+            state.has_stopped,
+            state.acceptance_lengths,
+            state.num_rounds,
+        )
+    )
     generations = []
     for row, prompt in enumerate(prompts):
         new = slice(len(prompt), int(committed_len[row]))

@@ -8,6 +8,7 @@ A run that is stopped (SIGINT, SIGTERM) saves first; started again it goes on fr
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,16 +25,18 @@ from domino_jax.data.pipeline import BatchIterator, ChatSource, RowIndex, RowSou
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
+from domino_jax.processes import is_first, on_first
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
-from domino_jax.runs.errors import RunStopped, stop_requests
+from domino_jax.runs.errors import RunStopped
 from domino_jax.runs.features import open_features
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
+from domino_jax.runs.launch import check_same_settings, compile_together, is_stop_agreed, shared_stop_requests
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.provenance import describe_tokenizer
 from domino_jax.runs.target_model import TargetModel
-from domino_jax.sharding import Layout, activate, check_sizes
+from domino_jax.sharding import Layout, activate, check_sizes, fetch
 from domino_jax.training.draft_init import check_start, start_from_target
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step, pad_sequences
 
@@ -197,12 +200,19 @@ def train_draft(
     draft = resolve_draft(config, target)
     epochs = None if config.train.num_steps else config.train.num_epochs
     chats = ChatSource(
-        train_path, target.tokenizer, config.data, target.config.vocab_size, folder.root / "bad_rows.jsonl"
+        train_path,
+        target.tokenizer,
+        config.data,
+        target.config.vocab_size,
+        folder.root / "bad_rows.jsonl" if is_first() else None,
     )
+    places = find_places(config, target.layout)
 
     def batch_rows(source: RowSource) -> tuple[BatchIterator, RowIndex, int]:
         vocab_size = target.config.vocab_size
-        return build_dataset(train_path, target.tokenizer, config.data, vocab_size, config.seed, epochs, source=source)
+        return build_dataset(
+            train_path, target.tokenizer, config.data, vocab_size, config.seed, epochs, source=source, places=places
+        )
 
     batches, index, num_rows = batch_rows(chats)
     monitor.say(
@@ -221,6 +231,10 @@ def train_draft(
         "target": fingerprint_target(Path(target.path)),
         "tokenizer": describe_tokenizer(target.tokenizer),
     }
+    check_same_settings(
+        {"rows": index.fingerprint, "tokens": index.token_fingerprint, **identity},
+        "give all processes the same target, tokenizer and data files",
+    )
     run = _Training(
         config, folder, target, draft, train_path, batches, checkpoints, monitor, held_out, num_steps, identity
     )
@@ -294,20 +308,22 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     layout = run.target.layout
     train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps, layout)
     first = int(state.step)
-    skips, compiled_widths = _SkipWatch(run), set[int]()
-    with stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
+    skips, steps = _SkipWatch(run), dict[int, Callable[..., tuple[TrainState, dict]]]()
+    with shared_stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
             batch = next(run.batches)
-            num_tokens += int(batch.lengths.sum())
+            num_tokens += batch.num_tokens
             called = time.perf_counter()
             with activate(layout):
                 inputs = split_batch(batch, run.config.data.micro_steps, layout)
-                state, metrics = train_step(state, run.target.params, inputs)
-            width = batch.input_ids.shape[1]
-            if width not in compiled_widths:  # the call returned when the step was compiled; its work goes on
+                width = batch.input_ids.shape[1]
+                is_new = width not in steps
+                if is_new:
+                    steps[width] = compile_together(train_step, state, run.target.params, inputs)
+                state, metrics = steps[width](state, run.target.params, inputs)
+            if is_new:  # the call returned when the step was compiled; its work goes on
                 compile_s = time.perf_counter() - called
-                compiled_widths.add(width)
                 run.monitor.say(f"step {step}: compiled for batches padded to {width} tokens in {compile_s:.1f} s")
                 began += compile_s
             skips.check()
@@ -320,7 +336,7 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
             else:
                 progress.advance()
             is_eval = step % train.eval_every == 0 or is_last
-            if is_eval or step % train.checkpoint_every == 0 or stopped:
+            if is_eval or step % train.checkpoint_every == 0 or is_stop_agreed(stopped, step):
                 skips.check()
                 paused = time.perf_counter()
                 if is_eval:
@@ -328,20 +344,37 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
                 else:
                     run.save(state, step)
                 began += time.perf_counter() - paused
-                if stopped:
+                if is_stop_agreed(stopped, step):
                     raise RunStopped(f"stopped at step {step} of {run.num_steps} and saved; the same command goes on")
     return state
 
 
 def split_batch(batch: TrainBatch, micro_steps: int, layout: Layout | None = None) -> StepInputs:
-    """Return the arrays of a batch with a leading axis of micro-steps, placed and filled up for a layout."""
+    """Return the arrays of a batch with a leading axis of micro-steps, placed and filled up for a layout.
+
+    Of a batch that several processes share each gives the rows that its devices hold (`find_places`).
+    """
 
     def split(x: np.ndarray | None) -> np.ndarray | None:
         return None if x is None else x.reshape(micro_steps, -1, *x.shape[1:])
 
     arrays = (batch.input_ids, batch.loss_mask, batch.lengths, batch.features, batch.last_hidden)
     inputs = StepInputs(*map(split, arrays))
-    return layout.place(pad_sequences(inputs, layout.num_data)) if layout else inputs
+    if layout is None:
+        return inputs
+    num_rows = len(batch.line_nos) // micro_steps
+    if inputs.lengths.shape[1] < num_rows:
+        return layout.place_rows(inputs, num_rows)
+    return layout.place(pad_sequences(inputs, layout.num_data))
+
+
+def find_places(config: RunConfig, layout: Layout | None) -> list[int] | None:
+    """Return the places of a batch whose rows this process reads; None: all, where there is no other process."""
+    if layout is None or jax.process_count() == 1:
+        return None
+    num_rows = config.data.batch_size // config.data.micro_steps
+    held = layout.find_places(num_rows)
+    return [micro_step * num_rows + place for micro_step in range(config.data.micro_steps) for place in held]
 
 
 class _SkipWatch:
@@ -387,8 +420,9 @@ def _log(run: _Training, progress: StageProgress, step: int, values: dict, token
 
 def _export(run: _Training, state: TrainState) -> int:
     """Save the latest and the best drafter and return the step of the best."""
-    save_draft(str(run.folder.latest_draft), run.draft, state.params)
     best, chosen = run.checkpoints.restore_best(state) or (int(state.step), state)
-    save_draft(str(run.folder.best_draft), run.draft, chosen.params)
+    for directory, params in ((run.folder.latest_draft, state.params), (run.folder.best_draft, chosen.params)):
+        whole = fetch(params) if jax.process_count() > 1 else params
+        on_first(partial(save_draft, str(directory), run.draft, whole))
     run.monitor.say(f"drafters: {run.folder.best_draft} (step {best}), {run.folder.latest_draft}")
     return best

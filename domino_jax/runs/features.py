@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from domino_jax.checkpoints.fingerprint import fingerprint_target
@@ -74,6 +75,11 @@ def open_features(
     kept = _kept_damage(data, cache, damage)
     missing = sorted(damage.keys() - kept)
     _tell_damage(cache, damage, kept, say)
+    if jax.process_count() > 1 and (missing or not cache.is_complete):
+        raise FeatureCacheError(
+            f"{cache.directory} lacks {len(missing)} of {cache.num_shards} shards, which one process fills: "
+            "scripts/cache_features.py with the same --config and settings; then start all processes"
+        )
     _check_disk(cache, data, missing, len(damage), say)
     if missing or not cache.is_complete:
         cache.directory.mkdir(parents=True, exist_ok=True)
@@ -88,6 +94,12 @@ def open_features(
         )
 
     def rebuild(shard: int) -> None:
+        if jax.process_count() > 1:
+            raise FeatureCacheError(
+                f"shard {shard} of {cache.directory} is damaged, and one process alone cannot compute it while others "
+                "train: run scripts/cache_features.py --verify, or give --config.data.damaged_shards=skip; then start "
+                "all processes again"
+            )
         with cache.lock(say):
             if not _is_whole(cache, shard):
                 _note_shapes(cache, forward, made_with)

@@ -4,15 +4,19 @@ Knows paths and the stored configuration, nothing about models or training.
 """
 
 import json
+import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import to_json_dict
 from domino_jax.durable import flush_tree, hold_lock, move, remove, write_atomically
+from domino_jax.processes import ProcessError, on_all, on_first
 from domino_jax.run_config import RunConfig
 
 _FREE_PARTS = ("name", "output_dir", "mesh")
@@ -27,9 +31,14 @@ class RunError(ValueError):
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths below `output_dir/name`."""
+    """Paths below `output_dir/name`.
+
+    Attributes:
+        report_root: where the report goes instead.
+    """
 
     root: Path
+    report_root: Path | None = None
 
     @property
     def config(self) -> Path:
@@ -94,16 +103,45 @@ class RunFolder:
     @property
     def report(self) -> Path:
         """The report's folder: `report.md`, plots, raw rows, coloured samples."""
-        return self.root / "report"
+        return self.report_root or self.root / "report"
 
 
 @contextmanager
 def hold_run(config: RunConfig) -> Iterator[RunFolder]:
-    """Open the run's folder as `open_run` does, for this process alone; that ends with the process, however it ends.
+    """Open the run's folder as `open_run` does, for this run alone; that ends with the process, however it ends.
 
     Raises:
         RunError: as `open_run`, or another process works in the folder.
+        ProcessError: of several processes one does not see the folder of the first, which holds it for all of them.
     """
+    with ExitStack() as held:
+        root = Path(on_first(lambda: str(held.enter_context(_hold_alone(config)).root.absolute())))
+        if jax.process_count() > 1:
+            _check_shared(root)
+        yield RunFolder(root) if jax.process_count() > 1 else find_run(config)
+
+
+def _check_shared(root: Path) -> None:
+    """Check that all processes see the lock that the first has written.
+
+    Raises:
+        ProcessError: one sees none, or another.
+    """
+    lock = RunFolder(root).lock
+    holder = on_first(lambda: lock.read_text(encoding="utf-8"))
+
+    def check() -> None:
+        if not lock.exists() or lock.read_text(encoding="utf-8") != holder:
+            raise ProcessError(
+                f"{root} on {socket.gethostname()} is not the folder that {holder} holds; give --config.output_dir "
+                "on a file system that all processes share"
+            )
+
+    on_all(check)
+
+
+@contextmanager
+def _hold_alone(config: RunConfig) -> Iterator[RunFolder]:
     folder = find_run(config)
     folder.root.mkdir(parents=True, exist_ok=True)
 

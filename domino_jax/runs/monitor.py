@@ -61,9 +61,9 @@ class RunMonitor:
         console: where messages go.
     """
 
-    def __init__(self, metrics_path: Path | None, tensorboard_dir: Path | None) -> None:
+    def __init__(self, metrics_path: Path | None, tensorboard_dir: Path | None, is_quiet: bool = False) -> None:
         """Append to the metrics of an earlier part of the run, if there is one; None keeps no metrics."""
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, soft_wrap=True, quiet=is_quiet)
         self._path = metrics_path
         if metrics_path:
             metrics_path.parent.mkdir(parents=True, exist_ok=True)

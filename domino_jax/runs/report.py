@@ -9,6 +9,7 @@ import math
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from domino_jax.evaluation.metrics import (
     tau_over_rounds,
 )
 from domino_jax.evaluation.prompts import Prompt
+from domino_jax.processes import on_first
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.draft import read_held_out
 from domino_jax.runs.embedded import decode_answer, read_corpus_chats
@@ -110,12 +112,14 @@ def write_report(
     """Measure the best drafter on held-out prompts and write `report/report.md` with its plots, rows and samples.
 
     Return the numbers, which lie in `report/numbers.json` too. Without held-out chats the report holds the training
-    curves only, and there are none. A report that is there is left alone.
+    curves only, and there are none. A report that is there is left alone. Of several processes all decode, and each
+    needs a `folder.report` of its own.
     """
     path, numbers_path = folder.report / "report.md", folder.report / "numbers.json"
-    if path.exists() and (numbers_path.exists() or not eval_path):
+    if on_first(lambda: path.exists() and (numbers_path.exists() or not eval_path)):
         monitor.say(f"report: {path}")
-        return ReportNumbers(**json.loads(numbers_path.read_text(encoding="utf-8"))) if eval_path else None
+        read = partial(numbers_path.read_text, encoding="utf-8")
+        return ReportNumbers(**json.loads(on_first(read))) if eval_path else None
     limit = config.corpus.num_eval_chats if config.corpus else 4 * config.train.eval_prompts
     held_out = read_held_out(config, eval_path, target, limit, monitor)
     metrics = read_rows(folder.metrics)

@@ -1,7 +1,13 @@
 """A training run from configuration to report, stage by stage; what `train.py` runs."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
 
 from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
 from domino_jax.config import require
@@ -10,6 +16,7 @@ from domino_jax.data.feature_cache import check_array_record
 from domino_jax.data.pipeline import ChatSource
 from domino_jax.data.tokenizer import MASK, SPECIAL_TOKENS
 from domino_jax.decoding.generate import Decoder
+from domino_jax.processes import is_first, on_all, on_first
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import resolve_draft, train_draft
 from domino_jax.runs.embedded import (
@@ -41,23 +48,40 @@ def run_training(config: RunConfig) -> None:
             works in it.
         ValueError: of the room that found a mistake in data, checkpoint or configuration.
     """
-    check_run(config)
+    on_all(lambda: check_run(config))
     with hold_run(config) as folder:
         _run_stages(config, folder)
 
 
 def _run_stages(config: RunConfig, folder: RunFolder) -> None:
-    monitor = RunMonitor(folder.metrics, folder.root / "tensorboard")
+    monitor = _open_monitor(folder)
     try:
-        if config.train.wandb_project:
+        if config.train.wandb_project and is_first():
             monitor.also_log_to(WandbLog(config, folder, monitor.say))
         target, train_path, eval_path = _prepare(config, folder, monitor)
         warnings = warn_of_mismatches(config, train_path, target, monitor)
         trained = train_draft(config, folder, target, train_path, eval_path, monitor)
-        numbers = write_report(config, folder, target, eval_path, monitor)
-        write_model_cards(config, folder, trained, numbers, warnings)
+        with _own_report(folder) as own:
+            numbers = write_report(config, own, target, eval_path, monitor)
+        on_first(lambda: write_model_cards(config, folder, trained, numbers, warnings))
     finally:
         monitor.close()
+
+
+def _open_monitor(folder: RunFolder) -> RunMonitor:
+    if is_first():
+        return RunMonitor(folder.metrics, folder.root / "tensorboard")
+    return RunMonitor(None, None, is_quiet=True)
+
+
+@contextmanager
+def _own_report(folder: RunFolder) -> Iterator[RunFolder]:
+    """Give processes that decode along with the first a folder whose report goes nowhere."""
+    if is_first():
+        yield folder
+        return
+    with TemporaryDirectory() as scratch:
+        yield replace(folder, report_root=Path(scratch))
 
 
 def cache_features(config: RunConfig, verify: bool = False) -> None:
@@ -92,11 +116,24 @@ def _prepare(config: RunConfig, folder: RunFolder, monitor: RunMonitor) -> tuple
     """Do the stages before the drafter; return the target and the files of training and held-out chats."""
     if config.corpus is None:
         return load_target_model(config, folder), config.data.train_path, config.data.eval_path
+    if jax.process_count() > 1:
+        on_first(lambda: _check_prepared(folder))
+        return load_target_model(config, folder), str(folder.responses), str(folder.eval_chats)
     build_corpus(config, config.corpus, folder, monitor)
     build_target(config, config.corpus, folder, monitor)
     target = load_target_model(config, folder)
     _answer_prompts(config, config.corpus, folder, target, monitor)
     return target, str(folder.responses), str(folder.eval_chats)
+
+
+def _check_prepared(folder: RunFolder) -> None:
+    if not (folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir())):
+        raise RunError(
+            "this configuration builds its own target and answers (corpus), which one process does alone: start the "
+            f"same command without the flags of many processes, stop it (Ctrl-C) when it trains the drafter of "
+            f"{folder.root}, then start all processes; or train for a target that is there: --config.corpus=None "
+            "--config.target.path=... --config.data.train_path=..."
+        )
 
 
 def check_run(config: RunConfig) -> None:
@@ -114,6 +151,13 @@ def check_run(config: RunConfig) -> None:
         f"data.batch_size {config.data.batch_size} by data.micro_steps {config.data.micro_steps} is {per_step} rows "
         f"at a time for {layout.num_data if layout else 1} groups of devices (mesh.data), some of which would have "
         "nothing to do; lower data.micro_steps, or give mesh.model more of the devices",
+    )
+    require(
+        jax.process_count() == 1 or layout is None or per_step % layout.num_data == 0,
+        f"data.batch_size {config.data.batch_size} by data.micro_steps {config.data.micro_steps} is {per_step} rows "
+        f"at a time, which {layout.num_data if layout else 1} groups of devices (mesh.data) in "
+        f"{jax.process_count()} processes cannot share evenly; give --config.data.batch_size a multiple of "
+        f"{(layout.num_data if layout else 1) * config.data.micro_steps}",
     )
     for name, path in (("data.train_path", config.data.train_path), ("data.eval_path", config.data.eval_path)):
         if path and not Path(path).is_file():

@@ -317,6 +317,6 @@ def make_train_step(
             num_skipped=num_skipped,
             skipped_in_row=skipped_in_row,
         )
-        return layout.constrain(state) if layout else state, metrics
+        return (layout.constrain(state), layout.replicate(metrics)) if layout else (state, metrics)
 
     return jax.jit(train_step, donate_argnums=0)

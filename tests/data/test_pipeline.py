@@ -148,16 +148,20 @@ def test_a_position_of_another_stream_is_refused(path: str, tokenizer) -> None:
 @pytest.mark.parametrize("config", [CONFIG, BUCKETED], ids=["one width", "buckets"])
 def test_processes_share_the_stream(mixed_path: str, tokenizer, config: DataConfig) -> None:
     whole, _, _ = build_dataset(mixed_path, tokenizer, config, VOCAB, seed=1, num_epochs=2)
-    parts = [
-        list(build_dataset(mixed_path, tokenizer, config, VOCAB, 1, 2, process_index=i, process_count=2)[0])
-        for i in (0, 1)
+    streams = [
+        build_dataset(mixed_path, tokenizer, config, VOCAB, seed=1, num_epochs=2, places=places)[0]
+        for places in ([0, 2], [1, 3])
     ]
-    for batch, left, right in zip(list(whole), *parts, strict=True):
-        assert left.input_ids.shape == (2, batch.input_ids.shape[1])
-        np.testing.assert_array_equal(batch.input_ids[0::2], left.input_ids)
-        np.testing.assert_array_equal(batch.input_ids[1::2], right.input_ids)
-    with pytest.raises(ValueError, match="multiple of the 3 processes"):
-        build_dataset(mixed_path, tokenizer, config, VOCAB, 1, 2, process_index=0, process_count=3)
+    for batch, left, right in zip(list(whole), *map(list, streams), strict=True):
+        for part, rows in ((left, slice(0, None, 2)), (right, slice(1, None, 2))):
+            np.testing.assert_array_equal(batch.input_ids[rows], part.input_ids)
+            np.testing.assert_array_equal(batch.loss_mask[rows], part.loss_mask)
+            np.testing.assert_array_equal(batch.line_nos, part.line_nos)
+            assert part.num_tokens == batch.num_tokens == batch.lengths.sum()
+    assert whole.get_state() == streams[0].get_state() == streams[1].get_state()
+    for wrong in ([], [0, 4]):
+        with pytest.raises(ValueError, match=r"places are .*; they must lie in 0 \.\. 3"):
+            build_dataset(mixed_path, tokenizer, config, VOCAB, 1, 2, places=wrong)
 
 
 def test_few_rows(tmp_path, tokenizer) -> None:

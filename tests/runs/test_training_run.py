@@ -220,7 +220,7 @@ def test_a_decode_cut_short_costs_no_step_and_is_made_up_for(
 
 
 def test_a_stop_that_comes_late_in_a_step_is_not_said_to_be_saved_there(material, tmp_path, monkeypatch):
-    monkeypatch.setattr(draft_module, "stop_requests", request_late)
+    monkeypatch.setattr(draft_module, "shared_stop_requests", request_late)
     with pytest.raises(RunStopped, match="stopped at step 2 of 6 and saved"):
         run_training(make_config(material, tmp_path, checkpoint_every=5))
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
