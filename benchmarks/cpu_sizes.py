@@ -99,14 +99,19 @@ def print_summary(rows: list[dict[str, Any]]) -> None:
         )
 
 
-def main() -> None:
-    """Run the measurement of a command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line; a wrong one ends the program with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--vocabs", nargs="+", type=int, default=[4096, 32768])
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--output", type=Path, required=True)
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    """Run the measurement of a command line."""
+    args = parse_arguments()
     args.output.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     with (args.output / "rows.jsonl").open("a") as file:

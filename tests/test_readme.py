@@ -98,6 +98,7 @@ def load_program(path):
                 "scripts/compare_transformers.py",
                 "scripts/run_ablations.py",
                 "benchmarks/serving_load.py",
+                "benchmarks/loading.py",
                 "benchmarks/accelerator_round.py",
             },
         ),

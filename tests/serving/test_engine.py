@@ -414,7 +414,7 @@ def test_after_a_long_plain_phase_contexts_are_completed_within_the_budget(decod
         return run(*arguments)
 
     sizes = itertools.chain([1] * num_plain_calls, itertools.repeat(FULL))
-    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: (next(sizes), 2))
+    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: (next(sizes), 4))
     monkeypatch.setattr(programs, "prefill", spy_on_prefill)
     monkeypatch.setattr(programs, "run", spy_on_run)
     requests = [make_request(prompt, 115) for prompt in make_prompts([6, 8, 10, 12], seed=85)]
@@ -449,7 +449,7 @@ def test_what_plain_rounds_leave_out_of_the_drafts_context_is_not_kept_for_other
         decoder, max_slots=1, batch_sizes=(1,), block_sizes=(FULL,), prefix_cache_tokens=640
     ).wait_until_ready()
     sizes = itertools.chain([FULL] * 5, itertools.repeat(1))
-    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: (next(sizes), 2))
+    monkeypatch.setattr(driver.engine.policy, "choose", lambda *_: (next(sizes), 4))
     prompt = make_prompts([20], seed=86)[0]
     answer = driver.run([make_request(prompt, 100)])[0]
     num_complete = len(prompt) + sum(len(e.token_ids) for e in answer.events if e.num_draft_tokens)
