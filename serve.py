@@ -5,7 +5,8 @@
     python serve.py                                 (the newest finished run of the embedded default)
 
 Without --draft beside --target decoding is plain. The server listens at once, compiles, and takes requests when /ready
-answers 200. SIGTERM lets open requests end.
+answers 200. SIGTERM lets open requests end. --plan --topology v6e:4x4 says instead what fits on devices that need not
+be here; a run of --config need not be finished for it.
 """
 
 import argparse
@@ -30,9 +31,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     models.add_argument("--draft", help="the same of the drafter")
     models.add_argument("--config", help="configuration file of a finished run, whose pair is served")
     models.add_argument("--served-model-name", help="name in the API; the target directory's by default")
-    models.add_argument(
-        "--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4"
-    )
+    models.add_argument("--mesh", type=options.mesh, help="devices that share both models: model=8 or data=2,model=4")
     models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is reachable from this machine alone")
@@ -63,7 +62,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     engine.add_argument("--prefix-cache-tokens", type=int, help="0 turns it off; half of the slots' own by default")
     engine.add_argument("--memory-fraction", type=float, default=0.9, help="part of the device's memory to use")
     engine.add_argument("--compilation-cache", default="~/.cache/domino_jax/xla", help="directory, or none")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--plan", action="store_true", help="print what fits on --topology and what a round needs there")
+    plan.add_argument("--topology", help="with --plan: v5e:4x4, v6e:4x4, v5p:2x2x1, h100:8, ...")
     args = parser.parse_args(arguments)
+    if args.plan != bool(args.topology) or (args.plan and not (args.target or args.config)):
+        parser.error("give --plan, --topology NAME (such as v6e:4x4) and --target or --config together")
     if args.config and (args.target or args.draft):
         parser.error("give --config or --target/--draft, not both")
     if args.draft and not args.target:
@@ -79,11 +83,13 @@ def _run(args: argparse.Namespace) -> int:
     from domino_jax.serving.engine_config import EngineConfig
     from domino_jax.serving.http.settings import ApiSettings
 
-    server.use_compilation_cache(args.compilation_cache)
-    if args.target:
+    run = parse_command_line(["--config", args.config]).config if args.config else None
+    if args.plan:
+        target, draft = args.target or "", args.draft
+    elif args.target:
         target, draft = args.target, args.draft
-    elif args.config:
-        target, draft = server.find_pair(parse_command_line(["--config", args.config]).config)
+    elif run:
+        target, draft = server.find_pair(run)
     else:
         target, draft = server.find_newest_pair(Path("runs"))
     keys = args.api_key or [key for key in os.environ.get("DOMINO_API_KEY", "").split(",") if key]
@@ -117,6 +123,12 @@ def _run(args: argparse.Namespace) -> int:
             drain_grace_s=args.drain_grace,
         ),
     )
+    if args.plan:
+        from domino_jax.runs.serving_plan import print_plan
+
+        print_plan(asked, run, args.topology)
+        return 0
+    server.use_compilation_cache(args.compilation_cache)
     return server.serve(asked)
 
 

@@ -1,13 +1,16 @@
 """Fill the table of what trains where: one row a target and topology, compiled ahead of time for devices not here.
 
     python benchmarks/plan_table.py --targets qwen3-8b --topologies v6e:4x4 --layers 10 --rows DATE/rows.jsonl
+    python benchmarks/plan_table.py --targets qwen3-8b --topologies h100:8 --serving --rows DATE/serving.jsonl
     python benchmarks/plan_table.py --rows DATE/rows.jsonl --page docs/scaling.md
 
 The first form adds rows: settings of configs/qwen3.py, one sequence a group of devices at a time, and of all meshes the
 one that exchanges least and whose step fits. TPUs need the `libtpu` package, GPUs JAX's CUDA plugin; a row of either
 may be made on its own. `--layers N` compiles N of the target's layers: it only runs forward, layer after layer, so its
 temporaries are those of the deepest layer alone; weights, moments and operations are always those of the whole target.
-`--no-compile` writes what follows from shapes. The second form writes the rows into the page, between its markers.
+`--no-compile` writes what follows from shapes. `--serving` writes how many slots of some lengths `serve.py` takes
+there, from shapes, both models split over as many devices as divide their heads. `--page` writes the rows into the
+page, between its markers.
 """
 
 import argparse
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import jax
 
+from domino_jax.config import ConfigError
 from domino_jax.config_flags import parse_config
+from domino_jax.run_config import MeshConfig
 from domino_jax.runs.plan import (
     PUBLIC_TARGETS,
     ROOM_TO_WORK,
@@ -32,10 +37,14 @@ from domino_jax.runs.plan import (
     trace_step,
 )
 from domino_jax.runs.program_costs import count_flops
+from domino_jax.runs.server import ServerOptions
+from domino_jax.runs.serving_plan import plan_serving
 from domino_jax.runs.topologies import GIB, TopologyError, find_topology
+from domino_jax.serving.engine_config import EngineConfig
 
 CONFIG = str(Path(__file__).resolve().parent.parent / "configs" / "qwen3.py")
 MAX_TRIES = 3
+SERVED_LENGTHS = (4096, 16384, 40960)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -43,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", choices=sorted(PUBLIC_TARGETS), default=[])
     parser.add_argument("--topologies", nargs="+", default=[], help="v5e:4x4, v6e:4x4, v5p:2x2x1, h100:8, ...")
     parser.add_argument("--layers", type=int, default=0, help="target layers to compile, at least 10; 0: all")
+    parser.add_argument("--serving", action="store_true", help="slots of a server, not steps of a training")
     parser.add_argument("--no-compile", action="store_true", help="shapes alone")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL to add to and to read")
     parser.add_argument("--page", type=Path, help="page to write the table into")
@@ -124,6 +134,55 @@ def compile_row(run, target, draft, layout, num_layers: int) -> dict:
     }
 
 
+def make_serving_rows(name: str, topology_name: str) -> list[dict]:
+    """Return how many slots of each of some lengths a server takes; 0 where not even one fits."""
+    topology = find_topology(topology_name)
+    config = parse_config(["--config", CONFIG, f"--config.target.path=Qwen/{name}"])
+    target, count = PUBLIC_TARGETS[name], len(topology.devices)
+    model = max(n for n in range(1, count + 1) if count % n == 0 and target.num_key_value_heads % n == 0)
+    rows = []
+    for length in SERVED_LENGTHS:
+        options = ServerOptions(
+            "",
+            mesh=MeshConfig(count // model, model),
+            dtype="bfloat16",
+            engine=EngineConfig(max_model_len=length, prefix_cache_tokens=0),
+        )
+        row = {
+            "target": name,
+            "topology": topology.name,
+            "mesh": f"data={count // model},model={model}",
+            "max_model_len": length,
+            "jax": jax.__version__,
+        }
+        try:
+            plan = plan_serving(options, config, topology, is_compiled=False)
+            row |= {"slots": plan.num_slots, "bytes": plan.memory.total_bytes, "limit_bytes": plan.limit_bytes}
+        except ConfigError:
+            row |= {"slots": 0}
+        rows.append(row)
+    return rows
+
+
+def format_serving_table(rows: list[dict]) -> str:
+    """Return slots by target, topology and length."""
+    lengths = sorted({row["max_model_len"] for row in rows})
+    lines = [
+        "| target | topology | `--mesh` | " + " | ".join(f"{length} tokens" for length in lengths) + " |",
+        "| --- | --- | --- |" + " --- |" * len(lengths),
+    ]
+    latest = {(row["target"], row["topology"], row["max_model_len"]): row for row in rows}
+    pairs = dict.fromkeys((row["target"], row["topology"]) for row in rows)
+    for name, topology in sorted(pairs, key=lambda pair: (list(PUBLIC_TARGETS).index(pair[0]), pair[1])):
+        own = [latest[name, topology, length] for length in lengths]
+        cells = [
+            f"{row['slots']} ({row['bytes'] / GIB:.1f} of {row['limit_bytes'] / GIB:.1f} GiB)" if row["slots"] else "no"
+            for row in own
+        ]
+        lines.append(f"| {name} | {topology} | {own[0]['mesh']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def format_table(rows: list[dict]) -> str:
     """Return the table of the last row of every target and topology, those that were compiled before the others."""
     lines = [
@@ -176,7 +235,10 @@ def main() -> None:
     for topology in args.topologies:
         for name in args.targets:
             try:
-                rows = make_rows(name, topology, args.layers, not args.no_compile)
+                if args.serving:
+                    rows = make_serving_rows(name, topology)
+                else:
+                    rows = make_rows(name, topology, args.layers, not args.no_compile)
             except TopologyError as error:
                 raise SystemExit(f"plan_table: {error}") from error
             with args.rows.open("a", encoding="utf-8") as file:
@@ -184,7 +246,10 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     if args.page:
         rows = [json.loads(line) for line in args.rows.read_text(encoding="utf-8").splitlines()]
-        write_between(args.page, "plans", format_table(rows))
+        if args.serving:
+            write_between(args.page, "serving", format_serving_table(rows))
+        else:
+            write_between(args.page, "plans", format_table(rows))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ what to change where it does not. Reads a target's `config.json` at most: no wei
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +55,7 @@ MEMORY_FRACTION = 0.95
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler and the two texts of a step say of one device, but for `flops`, of all of them.
+    """What the compiler and the two texts of a program say of one device, but for `flops`, of all of them.
 
     Attributes:
         argument_bytes: weights, moments and batch, held between steps.
@@ -156,13 +156,22 @@ def find_target_sizes(config: RunConfig) -> tuple[TargetConfig, str]:
     """
     if config.corpus is not None:
         return embedded_target_config(config.corpus, config.corpus.vocab_size), "the target that the run builds"
-    path = config.target.path
+    return find_sizes(config.target.path)
+
+
+def find_sizes(path: str) -> tuple[TargetConfig, str]:
+    """Return the sizes of a target that is a directory here or one of the public checkpoints, and where they are from.
+
+    Raises:
+        ConfigError: it is neither.
+        CheckpointError: its `config.json` cannot be used.
+    """
     if Path(path).expanduser().is_dir():
         return read_target_config(path)[0], str(Path(path) / CONFIG_FILE)
     name = path.rstrip("/").rpartition("/")[2].lower()
     require(
         name in PUBLIC_TARGETS,
-        f"target.path is {path!r}, no directory here, and a plan asks no hub; give a directory with a {CONFIG_FILE}, "
+        f"the target is {path!r}, no directory here, and a plan asks no hub; give a directory with a {CONFIG_FILE}, "
         f"or one of {', '.join(PUBLIC_TARGETS)}, whose published sizes are known",
     )
     return PUBLIC_TARGETS[name], f"published sizes of {name}; {path} itself was not read"
@@ -174,8 +183,17 @@ def compile_step(config: RunConfig, target: TargetConfig, draft: DraftConfig, la
     Raises:
         JaxRuntimeError: the compiler refuses the step; `RESOURCE_EXHAUSTED` where the devices are too small.
     """
+    return compile_traced(lambda: trace_step(config, target, draft, layout), layout)
+
+
+def compile_traced(trace: Callable[[], Any], layout: Layout) -> CompiledStep:
+    """Return what a program needs on a layout; `trace` returns it traced.
+
+    Raises:
+        JaxRuntimeError: as of `compile_step`.
+    """
     began = time.perf_counter()
-    traced = trace_step(config, target, draft, layout)
+    traced = trace()
     flops = count_flops(traced.jaxpr)
     with activate(layout):
         compiled = traced.lower().compile()

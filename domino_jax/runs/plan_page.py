@@ -5,7 +5,7 @@ import jax
 from domino_jax.durable import format_bytes
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.plan import MEMORY_FRACTION, CompiledStep, TrainingPlan, plan_training
-from domino_jax.runs.topologies import find_topology
+from domino_jax.runs.topologies import Topology, find_topology
 
 
 def print_plan(config: RunConfig, topology_name: str) -> None:
@@ -37,11 +37,11 @@ def format_plan(plan: TrainingPlan) -> list[str]:
         *(f"note: {change}" for change in plan.changes),
         "",
         "bytes of a device",
-        *_rows(_memory_rows(plan)),
+        *format_rows(_memory_rows(plan)),
         "",
     ]
     if plan.step:
-        lines += ["a step", *_rows(_step_rows(plan, plan.step)), ""]
+        lines += ["a step", *format_rows(format_traffic(plan.step, topology)), ""]
         if topology.platform == "cuda" and not data.feature_cache:
             lines.append(
                 "note: the target's attention scores are counted as written to memory; on the device cuDNN's kernel, "
@@ -69,8 +69,9 @@ def _memory_rows(plan: TrainingPlan) -> list[tuple[str, str]]:
     return [*rows, ("a device has", format_bytes(plan.topology.kind.memory_bytes))]
 
 
-def _step_rows(plan: TrainingPlan, step: CompiledStep) -> list[tuple[str, str]]:
-    kind, count = plan.topology.kind, len(plan.topology.devices)
+def format_traffic(step: CompiledStep, topology: Topology) -> list[tuple[str, str]]:
+    """Return names and values of what a compiled program computes and moves on a topology."""
+    kind, count = topology.kind, len(topology.devices)
     exchanged = step.traffic.collective_bytes
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sorted(exchanged.items()))
     compute_s = step.flops / count / kind.flops_per_s
@@ -100,6 +101,7 @@ def _verdict(plan: TrainingPlan) -> str:
     return f"does not fit: {total} of {format_bytes(kind.memory_bytes)}; instead"
 
 
-def _rows(pairs: list[tuple[str, str]]) -> list[str]:
+def format_rows(pairs: list[tuple[str, str]]) -> list[str]:
+    """Return names and values as indented lines, the values below each other."""
     width = max(len(name) for name, _ in pairs)
     return [f"  {name:{width}}  {value}" for name, value in pairs]

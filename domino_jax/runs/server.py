@@ -189,16 +189,22 @@ def serve(options: ServerOptions) -> int:
 
 
 def size_engine(
-    options: ServerOptions, target: TargetConfig, draft: DraftConfig | None, layout: Layout | None = None
+    options: ServerOptions,
+    target: TargetConfig,
+    draft: DraftConfig | None,
+    layout: Layout | None = None,
+    device_bytes: int | None = None,
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Return the engine's settings with its number of slots, and what it needs.
+
+    `device_bytes` is what a device has; None: what the one at hand has.
 
     Raises:
         ConfigError: it does not fit the memory; the message says what would.
     """
     fraction = options.memory_fraction
     require(0 < fraction <= 1, f"memory_fraction is {fraction}; it must be more than 0 and at most 1")
-    limit = find_memory_limit(fraction)
+    limit = find_memory_limit(fraction) if device_bytes is None else int(device_bytes * fraction)
 
     def count_bytes(table: list[TensorName]) -> int:
         shapes = {"/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, options.dtype) for row in table}

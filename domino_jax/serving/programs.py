@@ -197,8 +197,7 @@ class Programs:
         """Yield the key of every program, and what lowers it."""
         ladders, settings = self.ladders, self.settings
         params = self._lay_out(_shapes_of(self._params))
-        flag, number = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((), jnp.int32)
-
+        number = jax.ShapeDtypeStruct((), jnp.int32)
         state = self.slots_shape
 
         def lower(function: Any, *arguments: Any) -> Callable[[], Any]:
@@ -208,11 +207,7 @@ class Programs:
             yield ("init", shape), lower(jax.jit(partial(self._init_free, shape)))
         for shape in ladders.shapes:
             for size in ladders.block_sizes:
-                mask = jax.ShapeDtypeStruct((shape.rows,), bool)
-                yield (
-                    ("run", shape, size),
-                    lower(slots.run_rounds, self._with_width(size), params, state(shape), mask, mask, number, flag),
-                )
+                yield ("run", shape, size), lower(slots.run_rounds, *self._round_arguments(shape, size))
                 if size > 1:
                     yield ("draft", shape, size), lower(slots.draft_only, self._with_width(size), params, state(shape))
             yield ("extract", shape), lower(slot_rows.extract_row, state(shape), number)
@@ -243,6 +238,17 @@ class Programs:
             tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
             yield ("score", length), lower(slots.score_chunk, settings, params, hidden, tokens)
             yield ("last", length), lower(_take_position, hidden, number)
+
+    def _round_arguments(self, shape: Shape, block_size: int) -> tuple:
+        mask = jax.ShapeDtypeStruct((shape.rows,), bool)
+        flag, number = jax.ShapeDtypeStruct((), bool), jax.ShapeDtypeStruct((), jnp.int32)
+        params, state = self._lay_out(_shapes_of(self._params)), self.slots_shape(shape)
+        return self._with_width(block_size), params, state, mask, mask, number, flag
+
+    def trace_round(self, shape: Shape, block_size: int) -> Any:
+        """Return the program that runs rounds, traced; the parameters may be shapes alone."""
+        with activate(self._layout):
+            return slots.run_rounds.trace(*self._round_arguments(shape, block_size))
 
     def _states_shape(self, *sizes: int) -> jax.ShapeDtypeStruct:
         name = "hidden" if len(sizes) == 3 else "last_hidden"

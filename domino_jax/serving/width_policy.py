@@ -21,9 +21,10 @@ _LENGTH_RATE = 0.05
 """Weight of one sequence in the running means of lengths and of time between calls."""
 _CALL_RATE, _CALL_DRIFT = 0.03, 0.002
 """Weight of one call in the running means of its block size, and in those of others."""
-_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 0.97
-"""Drafting has to promise that much more than plain decoding: to begin means to catch contexts up, estimates waver, and
-to change often costs more than a few percent less for a while."""
+_ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 1.0
+"""Drafting has to promise that much more than plain decoding: to begin means to catch contexts up; estimates waver."""
+_ADVANTAGE_TO_WIDEN = 1.02
+"""A wider block has to promise that much more than a narrower one: of its last slots least is known."""
 
 
 class WidthPolicy:
@@ -82,13 +83,16 @@ class WidthPolicy:
             prompt_s = self.prompt_s.get(block_size > 1, self.prompt_s.get(self._last > 1, 0.0))
             return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + prompt_s / self.mean_len)
 
-        options = [(size, num_rounds) for size in sizes for num_rounds in range(1, max_rounds[size] + 1)]
-        best = max(options, key=lambda option: (tokens_per_s(*option), *option))
-        if best[0] > 1 and 1 in sizes:
-            plain = max((option for option in options if option[0] == 1), key=lambda option: tokens_per_s(*option))
-            advantage = _ADVANTAGE_TO_BEGIN if self._last == 1 else _ADVANTAGE_TO_GO_ON
-            if tokens_per_s(*best) < advantage * tokens_per_s(*plain):
-                best = plain
+        best: tuple[int, int] | None = None
+        for size in sorted(sizes):
+            option = max(((size, n) for n in range(1, max_rounds[size] + 1)), key=lambda o: (tokens_per_s(*o), o))
+            needed = 1.0
+            if best is not None:
+                begins = _ADVANTAGE_TO_BEGIN if self._last == 1 else _ADVANTAGE_TO_GO_ON
+                needed = begins if best[0] == 1 else _ADVANTAGE_TO_WIDEN
+            if best is None or tokens_per_s(*option) >= needed * tokens_per_s(*best):
+                best = option
+        assert best is not None
         self._is_plain_by_choice = best[0] == 1 and num_drafted > 0
         if num_drafted > 0:
             self._last = best[0]
