@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
     if is_launched and (extras["plan"] or extras["dry-run"]):
         print(f"error: --plan and --dry-run are for one process: leave out --{', --'.join(LAUNCH)}", file=sys.stderr)
         return 2
-    if not is_launched or extras["process-id"] == 0:
+    if not is_launched:
         print(format_config(config), flush=True)
     # Imported after the command line is read: jax takes seconds.
     if extras["plan"]:

@@ -91,6 +91,7 @@ def hold_lock(path: Path, on_busy: Callable[[str], None]) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
+        os.fsync(file.fileno())  # other hosts read it, and network file systems keep back what is only written
         yield
 
 

@@ -37,7 +37,7 @@ from domino_jax.checkpoints.serving_layouts import TYPE_KEY, arrange_config, res
 from domino_jax.config import DraftConfig, TargetConfig, find_misfits
 from domino_jax.durable import flush
 from domino_jax.shapes import Params
-from domino_jax.sharding import Layout
+from domino_jax.sharding import Layout, check_sizes
 
 CONFIG_FILE = "config.json"
 _HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "vocab*", "merges*", "*.jinja"]
@@ -159,11 +159,26 @@ def load_target(path_or_id: str, dtype: str, layout: Layout | None = None) -> tu
 
     Raises:
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
+        ConfigError: the layout does not divide the model.
     """
     directory = resolve_directory(path_or_id)
     config, _ = read_target_config(str(directory))
+    check_sizes(layout, config, None)
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
     return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype, layout)
+
+
+def read_draft_config(path_or_id: str) -> tuple[DraftConfig, dict[str, Any]]:
+    """Return a drafter's config, parsed and raw, without reading weights; the raw one in the public layout.
+
+    Raises:
+        CheckpointError: the checkpoint is not there or is no supported drafter.
+    """
+    file = resolve_directory(path_or_id) / CONFIG_FILE
+    raw = read_json_object(file)
+    if TYPE_KEY in raw:
+        raw = restore_public(raw, str(file))
+    return parse_draft_config(raw, str(file)), raw
 
 
 def load_draft(path_or_id: str, dtype: str, layout: Layout | None = None) -> LoadedDraft:
@@ -173,11 +188,7 @@ def load_draft(path_or_id: str, dtype: str, layout: Layout | None = None) -> Loa
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
     """
     directory = resolve_directory(path_or_id)
-    where = str(directory / CONFIG_FILE)
-    raw = read_json_object(directory / CONFIG_FILE)
-    if TYPE_KEY in raw:
-        raw = restore_public(raw, where)
-    config = parse_draft_config(raw, where)
+    config, raw = read_draft_config(str(directory))
     return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype, layout), raw)
 
 

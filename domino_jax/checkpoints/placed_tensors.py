@@ -4,7 +4,8 @@ In: the files of a checkpoint, the names of tensors with their place in a parame
 at a time, in the order of the files. Of every tensor a process reads what its own devices hold and nothing else, in
 pieces of some rows, cast on the way into one host buffer a device. A device's part that is larger than a piece is put
 together on the device; turning happens there too. The next piece is read while one is put in place, so the host holds
-three pieces at most, however large a tensor, a file or the checkpoint is. Knows no model.
+three pieces, or what its devices hold of one tensor that is turned, however large a file or the checkpoint is. Knows no
+model.
 """
 
 from collections.abc import Iterable, Iterator

@@ -60,7 +60,7 @@ def restore_public(raw: dict[str, Any], where: str) -> dict[str, Any]:
     if raw[TYPE_KEY] != "dflash":
         raise CheckpointError(f"{where}: {TYPE_KEY} is {raw[TYPE_KEY]!r}; supported: 'dflash'")
     layers, layer_ids = raw.get("transformer_layer_config"), raw.get("aux_hidden_state_layer_ids")
-    if not isinstance(layers, dict) or not isinstance(layer_ids, list):
+    if not isinstance(layers, dict) or not isinstance(layer_ids, list) or not all(type(i) is int for i in layer_ids):
         raise CheckpointError(
             f"{where}: transformer_layer_config or aux_hidden_state_layer_ids is missing; give a drafter that "
             "speculators or scripts/convert_checkpoint.py --layout speculators wrote"

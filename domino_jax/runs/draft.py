@@ -163,11 +163,15 @@ class _Training:
         self.monitor.say(f"saved step {step}")
 
     def evaluate_and_save(self, state: TrainState, step: int) -> None:
-        """Store the step with its tau; a decode that fails or is interrupted costs no steps."""
+        """Store the step with its tau; a decode that fails or is interrupted costs no steps.
+
+        But in several processes: to save takes all of them, and the others are still decoding.
+        """
         try:
             tau = self.evaluate(state, step)
         except BaseException:
-            self.save(state, step, lacks_tau=True)
+            if jax.process_count() == 1:
+                self.save(state, step, lacks_tau=True)
             raise
         self.save(state, step, tau)
 

@@ -38,6 +38,7 @@ from domino_jax.durable import find_room, format_bytes
 from domino_jax.records import ChatRow
 from domino_jax.run_config import DataConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
+from domino_jax.runs.launch import check_same_settings
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.sharding import activate
@@ -73,6 +74,7 @@ def open_features(
     forward = _FeatureForward(config, draft, target, cache, chats)
     damage = _find_damage(cache, verify)
     kept = _kept_damage(data, cache, damage)
+    check_same_settings({"damaged shards": sorted(kept)}, "all processes need the same feature cache")
     missing = sorted(damage.keys() - kept)
     _tell_damage(cache, damage, kept, say)
     if jax.process_count() > 1 and (missing or not cache.is_complete):

@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 import domino_jax
 from domino_jax.checkpoints.train_state import diff_configs
 from domino_jax.config import ConfigError, require, to_json_dict
+from domino_jax.config_flags import format_config
 from domino_jax.processes import ProcessError, check_same, is_first, on_all
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import explain_or_raise, stop_requests
@@ -102,8 +103,8 @@ def is_stop_agreed(requested: list[int], step: int) -> bool:
 def shared_stop_requests() -> Iterator[list[int]]:
     """Collect requests to stop as `stop_requests` does; of several processes for `is_stop_agreed`.
 
-    There jax itself watches for SIGTERM, and SIGINT is handed to it; a second SIGINT interrupts. When the block ends
-    SIGTERM ends the process again.
+    There jax itself watches for SIGTERM, from the time the processes have joined, and SIGINT is handed to it; a second
+    SIGINT interrupts. When the block ends SIGTERM ends the process again, one that is first in its container too.
     """
     if jax.process_count() == 1:
         with stop_requests() as received:
@@ -120,7 +121,7 @@ def shared_stop_requests() -> Iterator[list[int]]:
         yield []
     finally:
         signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, _end_at_once)
 
 
 def compile_together(step: Callable[..., Any], *arguments: Any) -> Callable[..., Any]:
@@ -164,6 +165,7 @@ def _join(launch: Launch) -> None:
 
 def _run_joined(config: RunConfig, run: Callable[[], None]) -> None:
     if is_first():
+        print(format_config(config), flush=True)
         print(f"{jax.process_count()} processes, {jax.device_count()} devices", flush=True)
     versions = {name: version(name) for name in ("jax", "jaxlib", "orbax-checkpoint", "grain")}
     check_same_settings(
@@ -185,6 +187,7 @@ def _guarded(run: Callable[[], None]) -> int:
         if not _is_lost(error):
             traceback.print_exc()
             return EXIT_BUG
+        traceback.print_exc()  # what is taken for a lost process may be another fault
         print(
             f"error: process {jax.process_index()} of {jax.process_count()} lost contact to another one, which has "
             f"ended or cannot be reached ({_first_line(error)}); see what that one said. The same commands, all "
@@ -200,6 +203,10 @@ def _guarded(run: Callable[[], None]) -> int:
 def _is_lost(error: Exception) -> bool:
     """Return whether a collective failed because of another process: gloo and the coordination service say so."""
     return bool(re.search("gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|coordination|heartbeat", str(error), re.I))
+
+
+def _end_at_once(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def _first_line(error: Exception) -> str:

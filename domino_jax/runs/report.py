@@ -127,7 +127,7 @@ def write_report(
         plots = plot_metrics(metrics, {}, folder.report)
         write_text(path, _join([f"# Run {config.name}", "No held-out chats: nothing was decoded.", *_images(plots)]))
         return None
-    draft = load_draft(str(folder.best_draft), "float32")
+    draft = load_draft(str(folder.best_draft), "float32", target.layout)
     decoder = Decoder(target.config, target.params, draft.config, draft.params, config.target.dtype, target.layout)
     chats = read_corpus_chats(folder.eval_chats) if config.corpus else []
     chats = [chats[line_no - 1] for line_no in held_out.line_nos] if chats else []

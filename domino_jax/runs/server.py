@@ -13,13 +13,13 @@ from typing import Any
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.checkpoints.config_json import parse_draft_config
 from domino_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     check_draft_fits,
     draft_table,
     load_draft,
     load_target,
+    read_draft_config,
     read_target_config,
     resolve_directory,
     target_table,
@@ -159,8 +159,7 @@ def serve(options: ServerOptions) -> int:
     draft, draft_directory = None, None
     if options.draft is not None:
         draft_directory = resolve_directory(options.draft)
-        file = draft_directory / CONFIG_FILE
-        draft = parse_draft_config(read_json_object(file), str(file))
+        draft, _ = read_draft_config(str(draft_directory))
         check_draft_fits(draft, target)
     codec = make_codec(load_tokenizer(str(directory)), str(directory))
     layout = find_layout(options.mesh) if options.mesh else None
@@ -204,7 +203,8 @@ def size_engine(
     """
     fraction = options.memory_fraction
     require(0 < fraction <= 1, f"memory_fraction is {fraction}; it must be more than 0 and at most 1")
-    limit = find_memory_limit(fraction) if device_bytes is None else int(device_bytes * fraction)
+    num_devices = layout.mesh.size if layout else 1
+    limit = find_memory_limit(fraction, num_devices) if device_bytes is None else int(device_bytes * fraction)
 
     def count_bytes(table: list[TensorName]) -> int:
         shapes = {"/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, options.dtype) for row in table}

@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from domino_jax.checkpoints.config_json import parse_draft_config
-from domino_jax.checkpoints.huggingface import CONFIG_FILE, check_draft_fits, resolve_directory
-from domino_jax.checkpoints.safetensors_io import read_json_object
+from domino_jax.checkpoints.huggingface import check_draft_fits, read_draft_config
 from domino_jax.config import DraftConfig, TargetConfig, require
 from domino_jax.decoding.state import ModelParams
 from domino_jax.durable import format_bytes
@@ -75,8 +73,7 @@ def find_pair_sizes(options: ServerOptions, run: RunConfig | None) -> tuple[Targ
         target, origin = find_sizes(options.target)
         draft = None
         if options.draft is not None:
-            file = resolve_directory(options.draft) / CONFIG_FILE
-            draft = parse_draft_config(read_json_object(file), str(file))
+            draft, _ = read_draft_config(options.draft)
     if draft is not None:
         check_draft_fits(draft, target)
     return target, draft, origin

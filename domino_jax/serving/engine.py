@@ -319,9 +319,9 @@ class SlotEngine:
         drafted, has_caught_up = self._choose_drafted(running) if size > 1 else (set(), False)
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
-        cost = self.programs.costs[self._batch.shape, size, manner]
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
+        cost = self.programs.costs[self._batch.shape, size, manner]
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
         result, call_s = self._batch.run(size, drafted, num_rounds, others_wait, wants_scores)
         accepted: list[int] = []

@@ -73,15 +73,15 @@ def plan_memory(
     return MemoryPlan(tuple(parts))
 
 
-def find_memory_limit(fraction: float) -> int:
-    """Return the bytes an engine may use of a device: `fraction` of its memory, on a CPU of what is free.
+def find_memory_limit(fraction: float, num_devices: int = 1) -> int:
+    """Return the bytes an engine may use of each of `num_devices`: `fraction` of its memory, on a CPU of what is free.
 
     Virtual devices of a CPU share that.
     """
     stats = jax.devices()[0].memory_stats() or {}
     available = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
     if "bytes_limit" not in stats:
-        available = _free_host_memory() // jax.local_device_count()
+        available = _free_host_memory() // num_devices
     return int(available * fraction)
 
 

@@ -49,6 +49,7 @@ class WidthPolicy:
         self._excess_s: dict[tuple[Hashable, int], float] = {}
         self._last = max(self._num_drafts)
         self._is_plain_by_choice = False
+        self._is_plain_by_request = False
 
     def expected_tokens(self, block_size: int) -> float:
         """Return the tokens a drafted-for row commits in a round, the target's own token counted."""
@@ -94,6 +95,7 @@ class WidthPolicy:
                 best = option
         assert best is not None
         self._is_plain_by_choice = best[0] == 1 and num_drafted > 0
+        self._is_plain_by_request = num_drafted == 0
         if num_drafted > 0:
             self._last = best[0]
         return best
@@ -130,18 +132,18 @@ class WidthPolicy:
         for _ in range(num_begun):
             before_s = self.prompt_s.get(own, self.prompt_s.get(other, each_s))
             self.prompt_s[own] = before_s + _LENGTH_RATE * (each_s - before_s)
-            if other in self.prompt_s:
+            if other in self.prompt_s and not self._is_plain_by_request:
                 self.prompt_s[other] += _CALL_DRIFT * (each_s - self.prompt_s[other])
 
     def observe_call(self, shape: Hashable, block_size: int, excess_s: float) -> None:
         """Learn from the seconds that a call took beyond what its rounds took at warm-up.
 
-        What is known of other block sizes at this shape drifts towards it, lest it grow old.
+        What is known of other block sizes at this shape drifts towards it, lest it grow old, while drafts are wanted.
         """
         before_s = self.excess_s(shape, block_size)
         self._excess_s[shape, block_size] = before_s + _CALL_RATE * (excess_s - before_s)
         for key, known_s in self._excess_s.items():
-            if key[0] == shape and key[1] != block_size:
+            if key[0] == shape and key[1] != block_size and not self._is_plain_by_request:
                 self._excess_s[key] = known_s + _CALL_DRIFT * (excess_s - known_s)
 
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:

@@ -96,17 +96,17 @@ def test_slots_are_as_many_as_fit(monkeypatch):
     target, draft = make_configs(context=4096)
     options = server.ServerOptions("unused", engine=EngineConfig(prefix_cache_tokens=0))
     _, plan = server.size_engine(options, target, draft)
-    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: plan.total_bytes // 3)
+    monkeypatch.setattr(server, "find_memory_limit", lambda *_: plan.total_bytes // 3)
     config, smaller = server.size_engine(options, target, draft)
     assert config.max_slots == 4
     assert smaller.total_bytes <= plan.total_bytes // 3
     asked = server.ServerOptions("unused", max_slots=32, engine=EngineConfig(prefix_cache_tokens=0))
     with pytest.raises(ConfigError, match=r"(?s)may use .*--max-slots 4 would fit"):
         server.size_engine(asked, target, draft)
-    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: smaller.total_bytes // 4)
+    monkeypatch.setattr(server, "find_memory_limit", lambda *_: smaller.total_bytes // 4)
     with pytest.raises(ConfigError, match=r"--max-model-len (512|1024|2048) would fit with 1 slots"):
         server.size_engine(options, target, draft)
-    monkeypatch.setattr(server, "find_memory_limit", lambda fraction: 1000)
+    monkeypatch.setattr(server, "find_memory_limit", lambda *_: 1000)
     with pytest.raises(ConfigError, match="not even one short sequence fits"):
         server.size_engine(options, target, draft)
 
