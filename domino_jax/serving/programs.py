@@ -9,6 +9,7 @@ Source: ahead-of-time compilation of JAX (`jit(f).lower(shapes).compile()`).
 import itertools
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -296,35 +297,33 @@ class Programs:
     def measure(self, is_stopped: Callable[[], bool]) -> None:
         """Time a round of every shape, block size and manner of sampling, all rows running.
 
-        A round is timed in calls of as many rounds as serving makes: what a call costs by itself is shared by them.
-        Returns early where `is_stopped`. The block sizes take turns, so that a noisy machine hits all of them; the
-        fastest time counts, which noise changes least.
+        A round is timed in calls of as many rounds as serving makes: what a call costs by itself is shared by them. All
+        are timed in turns, so that a slow moment of a shared machine does not hit all times of one; the fastest counts,
+        which noise changes least. Returns early where `is_stopped`.
         """
-        sizes = self.ladders.block_sizes
-        for shape, manner in itertools.product(self.ladders.shapes, _SAMPLING):
-            round_s: dict[int, list[float]] = {size: [] for size in sizes}
-            draft_s: dict[int, list[float]] = {size: [] for size in sizes}
-            num_rounds = dict.fromkeys(sizes, 1)
+        sizes, shapes = self.ladders.block_sizes, self.ladders.shapes
+        round_s, draft_s = defaultdict[tuple, list[float]](list), defaultdict[tuple, list[float]](list)
+        for _, shape, manner in itertools.product(range(1 + _TIMED_ROUNDS), shapes, _SAMPLING):
+            if is_stopped():
+                return
+            state = self._running_slots(shape, _SAMPLING[manner])
             all_rows = np.ones(shape.rows, bool)
-            for _ in range(1 + _TIMED_ROUNDS):
-                if is_stopped():
-                    return
-                state = self._running_slots(shape, _SAMPLING[manner])
-                for size in sizes:
-                    began = time.perf_counter()
-                    if size > 1:
-                        jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
-                    drafted_at = time.perf_counter()
-                    state, result = self.run(state, shape, size, ~all_rows, all_rows, num_rounds[size], False)
-                    jax.block_until_ready(result)
-                    draft_s[size].append(drafted_at - began)
-                    call_s = time.perf_counter() - drafted_at
-                    round_s[size].append(call_s / max(int(np.max(result.num_rounds)), 1))
-                    num_rounds[size] = self.count_call_rounds(round_s[size][-1])
             for size in sizes:
-                seconds = min(round_s[size][1:])
-                share = min(min(draft_s[size][1:]) / seconds, 1.0) if size > 1 else 0.0
-                self.costs[shape, size, manner] = RoundCost(seconds, share)
+                key = shape, size, manner
+                num_rounds = self.count_call_rounds(round_s[key][-1]) if round_s[key] else 1
+                began = time.perf_counter()
+                if size > 1:
+                    jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
+                drafted_at = time.perf_counter()
+                state, result = self.run(state, shape, size, ~all_rows, all_rows, num_rounds, False)
+                jax.block_until_ready(result)
+                call_s = time.perf_counter() - drafted_at
+                draft_s[key].append(drafted_at - began)
+                round_s[key].append(call_s / max(int(np.max(result.num_rounds)), 1))
+        for key in itertools.product(shapes, sizes, _SAMPLING):
+            seconds = min(round_s[key][1:])
+            share = min(min(draft_s[key][1:]) / seconds, 1.0) if key[1] > 1 else 0.0
+            self.costs[key] = RoundCost(seconds, share)
 
     def count_call_rounds(self, round_s: float) -> int:
         """Return the rounds of a call: as many as fit `CALL_S`, at least one, within the engine's limit."""
