@@ -331,7 +331,7 @@ class SlotEngine:
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
         if not has_caught_up:  # the time of that would be counted as the call's
-            self.policy.observe_call(self._batch.shape, size, call_s - num_run * cost.seconds)
+            self.policy.observe_call(self._batch.shape, size, num_run, call_s - num_run * cost.seconds)
         return size, call_s
 
     def _choose_rounds(self, running: list[ServedSequence], manner: Manner) -> tuple[int, int]:

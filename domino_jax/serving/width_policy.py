@@ -9,6 +9,7 @@ the length of sequences. The choice never looks at the tokens it decides about: 
 which. Standard library only.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 
 _SURVIVAL_START = 0.88
@@ -19,8 +20,10 @@ _FORGETTING = 0.0002
 """Share of the way back to the start that the means go in a round that is plain by choice, where nothing is learned."""
 _LENGTH_RATE = 0.05
 """Weight of one sequence in the running means of lengths and of time between calls."""
-_CALL_RATE, _CALL_DRIFT = 0.03, 0.002
+_CALL_RATE, _CALL_DRIFT = 0.05, 0.002
 """Weight of one call in the running means of its block size, and in those of others."""
+_CALLS_BETWEEN_TRIALS = 16
+"""After so many calls one has a round more or less than seems best: warm-up times are not exact, and this shows it."""
 _ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 1.0
 """Drafting has to promise that much more than plain decoding: to begin means to catch contexts up; estimates waver."""
 _ADVANTAGE_TO_WIDEN = 1.02
@@ -46,7 +49,9 @@ class WidthPolicy:
         self.prompt_s: dict[bool, float] = {}
         self._not_yet_shared_s = 0.0
         self._between_s: dict[Hashable, float] = {}
-        self._excess_s: dict[tuple[Hashable, int], float] = {}
+        self._excess_s: dict[tuple[Hashable, int], dict[int, float]] = {}
+        self._num_calls: Counter[tuple[Hashable, int, int]] = Counter()
+        self._num_choices = 0
         self._last = max(self._num_drafts)
         self._is_plain_by_choice = False
         self._is_plain_by_request = False
@@ -73,7 +78,7 @@ class WidthPolicy:
         sizes = [size for size in round_s if size == 1 or num_drafted > 0]
 
         def tokens_per_s(block_size: int, num_rounds: int) -> float:
-            call_s = self.excess_s(shape, block_size) + self._between_s.get(shape, 0.0)
+            call_s = self.excess_s(shape, block_size, num_rounds) + self._between_s.get(shape, 0.0)
             seconds = round_s[block_size] + call_s / num_rounds
             if self.mean_len is None:
                 return (num_drafted * self.expected_tokens(block_size) + num_plain) / seconds
@@ -98,14 +103,20 @@ class WidthPolicy:
         self._is_plain_by_request = num_drafted == 0
         if num_drafted > 0:
             self._last = best[0]
+        self._num_choices += 1
+        if self._num_choices % _CALLS_BETWEEN_TRIALS == 0:
+            lengths = [n for n in (best[1] - 1, best[1] + 1) if 1 <= n <= max_rounds[best[0]]] or [best[1]]
+            best = best[0], lengths[self._num_choices // _CALLS_BETWEEN_TRIALS % len(lengths)]
         return best
 
-    def excess_s(self, shape: Hashable, block_size: int) -> float:
+    def excess_s(self, shape: Hashable, block_size: int, num_rounds: int) -> float:
         """Return the seconds that a call takes beyond what its rounds took at warm-up.
 
-        A block size that has not been used at this shape yet is taken to be as the one that was used last.
+        A call of a length that has not been seen yet is taken to be as the one next to it, and a block size that has
+        not been used at this shape as the one that was used last.
         """
-        return self._excess_s.get((shape, block_size), self._excess_s.get((shape, self._last), 0.0))
+        known = self._excess_s.get((shape, block_size)) or self._excess_s.get((shape, self._last))
+        return known[min(known, key=lambda n: abs(n - num_rounds))] if known else 0.0
 
     def observe_end(self, num_tokens: int) -> None:
         """Learn from the new tokens of a sequence that has ended."""
@@ -135,16 +146,22 @@ class WidthPolicy:
             if other in self.prompt_s and not self._is_plain_by_request:
                 self.prompt_s[other] += _CALL_DRIFT * (each_s - self.prompt_s[other])
 
-    def observe_call(self, shape: Hashable, block_size: int, excess_s: float) -> None:
+    def observe_call(self, shape: Hashable, block_size: int, num_rounds: int, excess_s: float) -> None:
         """Learn from the seconds that a call took beyond what its rounds took at warm-up.
 
         What is known of other block sizes at this shape drifts towards it, lest it grow old, while drafts are wanted.
         """
-        before_s = self.excess_s(shape, block_size)
-        self._excess_s[shape, block_size] = before_s + _CALL_RATE * (excess_s - before_s)
-        for key, known_s in self._excess_s.items():
-            if key[0] == shape and key[1] != block_size and not self._is_plain_by_request:
-                self._excess_s[key] = known_s + _CALL_DRIFT * (excess_s - known_s)
+        before_s = self.excess_s(shape, block_size, num_rounds)
+        own = self._excess_s.setdefault((shape, block_size), {})
+        # Few calls have a length that is only tried: their mean is one of equals at first.
+        count = self._num_calls[shape, block_size, num_rounds] = self._num_calls[shape, block_size, num_rounds] + 1
+        own[num_rounds] = before_s + max(_CALL_RATE, 1 / (count + 1)) * (excess_s - before_s)
+        if self._is_plain_by_request:
+            return
+        for key, known in self._excess_s.items():
+            if key[0] == shape and key[1] != block_size:
+                for n, known_s in known.items():
+                    known[n] = known_s + _CALL_DRIFT * (excess_s - known_s)
 
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
         """Learn from the drafts that every drafted-for row of a round accepted and kept."""

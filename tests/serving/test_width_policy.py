@@ -19,9 +19,9 @@ def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
     return size
 
 
-def observe_calls(policy, size, excess_s, repeats=300):
+def observe_calls(policy, size, excess_s, repeats=300, num_rounds=1):
     for _ in range(repeats):
-        policy.observe_call("a shape", size, excess_s)
+        policy.observe_call("a shape", size, num_rounds, excess_s)
 
 
 def test_expected_tokens_follow_the_drafts_that_survive():
@@ -195,3 +195,18 @@ def test_a_block_size_whose_calls_were_slow_is_tried_again_after_many_calls_of_a
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 1
     observe_calls(policy, 1, 0.0, repeats=3000)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
+
+
+def test_calls_of_other_lengths_are_tried_now_and_then_and_taken_where_they_are_faster():
+    costs, at_most = {6: 4.0}, {6: 4}
+    policy = make_policy(5)
+    policy.observe_end(20)
+    chosen = []
+    for _ in range(1200):
+        _, num_rounds = policy.choose("a shape", costs, at_most, 4, 0, True)
+        chosen.append(num_rounds)
+        # A round takes 2.5 and not the 4 of warm-up, a call 3: 5.5 for one round, 8 for two, 10.5 for three.
+        policy.observe_call("a shape", 6, num_rounds, 3.0 + 2.5 * num_rounds - 4.0 * num_rounds)
+    assert set(chosen[:8]) == {1}
+    assert sum(n == 2 for n in chosen[-320:]) >= 290
+    assert {1, 2, 3} == set(chosen[-320:])
