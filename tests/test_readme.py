@@ -99,6 +99,7 @@ def load_program(path):
                 "scripts/run_ablations.py",
                 "benchmarks/serving_load.py",
                 "benchmarks/loading.py",
+                "benchmarks/cpu_sizes.py",
                 "benchmarks/accelerator_round.py",
             },
         ),

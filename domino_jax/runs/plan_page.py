@@ -16,14 +16,24 @@ def print_plan(config: RunConfig, topology_name: str) -> None:
         ConfigError: the target's sizes are not known here, or the mesh does not fit topology, models or batch.
         CheckpointError: the target's `config.json` cannot be used, or the drafter does not fit the target.
     """
-    jax.config.update("jax_platforms", "cpu")  # real devices stay free
-    topology = find_topology(topology_name)
+    topology = announce_topology(topology_name)
+    print("\n".join(format_plan(plan_training(config, topology))), flush=True)
+
+
+def announce_topology(name: str) -> Topology:
+    """Return the topology called `name` and print what it is; the devices of this machine are left alone from now on.
+
+    Raises:
+        TopologyError: it is unknown or cannot be described here.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    topology = find_topology(name)
     print(
         f"\nplan for {topology.name}: {len(topology.devices)} x {topology.devices[0].device_kind}, nothing is run; "
         "compiling takes minutes at full size",
         flush=True,
     )
-    print("\n".join(format_plan(plan_training(config, topology))), flush=True)
+    return topology
 
 
 def format_plan(plan: TrainingPlan) -> list[str]:

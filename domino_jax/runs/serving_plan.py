@@ -18,9 +18,9 @@ from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.plan import CompiledStep, compile_traced, find_sizes, find_target_sizes
-from domino_jax.runs.plan_page import format_rows, format_traffic
+from domino_jax.runs.plan_page import announce_topology, format_rows, format_traffic
 from domino_jax.runs.server import ServerOptions, size_engine
-from domino_jax.runs.topologies import Topology, find_topology
+from domino_jax.runs.topologies import Topology
 from domino_jax.serving.engine_config import find_max_model_len, find_settings, plan_ladders
 from domino_jax.serving.memory_plan import MemoryPlan
 from domino_jax.serving.programs import Programs, Shape
@@ -173,11 +173,5 @@ def print_plan(options: ServerOptions, run: RunConfig | None, topology_name: str
         TopologyError: the topology is unknown or cannot be described here.
         ConfigError, CheckpointError: see `plan_serving`.
     """
-    jax.config.update("jax_platforms", "cpu")  # real devices stay free
-    topology = find_topology(topology_name)
-    print(
-        f"plan for {topology.name}: {len(topology.devices)} x {topology.devices[0].device_kind}, nothing is run; "
-        "compiling takes minutes at full size",
-        flush=True,
-    )
+    topology = announce_topology(topology_name)
     print("\n".join(format_plan(plan_serving(options, run, topology))), flush=True)

@@ -30,9 +30,13 @@ from domino_jax.run_config import (
     TargetSource,
     TrainConfig,
 )
+from domino_jax.runs import plan
 from domino_jax.runs.plan import PUBLIC_TARGETS, compile_step
 from domino_jax.runs.program_costs import read_traffic
+from domino_jax.runs.server import ServerOptions
+from domino_jax.runs.serving_plan import plan_serving
 from domino_jax.runs.topologies import TopologyError, find_topology
+from domino_jax.serving.engine_config import EngineConfig
 from domino_jax.sharding import activate, build_layout, check_sizes
 
 pytestmark = pytest.mark.topology
@@ -142,3 +146,22 @@ def test_a_shape_that_is_none_is_one_sentence():
 
 def test_one_chip():
     assert len(find_topology("v5e:1x1").devices) == 1
+
+
+def test_a_servers_round_on_v5e(monkeypatch):
+    """The engine's own program, with every slot in use, and its caches written in place."""
+    monkeypatch.setitem(plan.PUBLIC_TARGETS, NAME, TARGET)
+    run = RunConfig(
+        name="topology",
+        target=TargetSource(f"Qwen/{NAME}", "bfloat16"),
+        draft=DRAFT_SETTINGS,
+        data=DataConfig("train.jsonl"),
+    )
+    options = ServerOptions(
+        "", mesh=MeshConfig(2, 4), dtype="bfloat16", max_slots=16, engine=EngineConfig(max_model_len=2048)
+    )
+    serving = plan_serving(options, run, find_topology("v5e:2x4"))
+    assert serving.is_fitting and serving.num_slots == 16
+    assert serving.round.traffic.host_calls == ()
+    assert serving.round.output_bytes < 2**22, "the slots are not updated in place"
+    assert sum(serving.round.traffic.collective_bytes.values()) > 0
