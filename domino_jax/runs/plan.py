@@ -139,12 +139,20 @@ def plan_training(config: RunConfig, topology: Topology) -> TrainingPlan:
     try:
         step = compile_step(config, target, draft, layout)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        said = str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
-        return plan(_advise(config, target, draft, topology, layout), None, said)
+        return plan(_advise(config, target, draft, topology, layout), None, read_refusal(error))
     result = plan((), step, "")
     return result if result.is_fitting else plan(_advise(config, target, draft, topology, layout), step, "")
+
+
+def read_refusal(error: jax.errors.JaxRuntimeError) -> str:
+    """Return what a compiler says that found no room on its device.
+
+    Raises:
+        JaxRuntimeError: `error`, where it is another one.
+    """
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error).strip().splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
 
 
 def find_target_sizes(config: RunConfig) -> tuple[TargetConfig, str]:

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, read_draft_config
-from domino_jax.config import DraftConfig, TargetConfig, require
+from domino_jax.config import ConfigError, DraftConfig, TargetConfig, require
 from domino_jax.decoding.state import ModelParams
 from domino_jax.durable import format_bytes
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import MeshConfig, RunConfig
-from domino_jax.runs.plan import CompiledStep, compile_traced, find_sizes, find_target_sizes
+from domino_jax.runs.plan import CompiledStep, compile_traced, find_sizes, find_target_sizes, read_refusal
 from domino_jax.runs.plan_page import announce_topology, format_rows, format_traffic
 from domino_jax.runs.server import ServerOptions, size_engine
 from domino_jax.runs.topologies import Topology
@@ -100,7 +100,7 @@ def plan_serving(
     check_sizes(layout, target, draft)
     if options.engine.batch_sizes is None:
         sizes = tuple(size for size in _BATCH_SIZES if size <= (options.max_slots or max(_BATCH_SIZES)))
-        options = replace(options, engine=replace(options.engine, max_slots=max(sizes), batch_sizes=sizes))
+        options = replace(options, engine=replace(options.engine, max_slots=max(sizes, default=1), batch_sizes=sizes))
     config, memory = size_engine(options, target, draft, layout, topology.kind.default_bytes)
     ladders = plan_ladders(config, target, draft)
     compiled = None
@@ -108,7 +108,13 @@ def plan_serving(
         programs = Programs(find_settings(config, target, draft, options.dtype), ladders, layout)
         programs.take_params(_shape_params(target, draft, options.dtype))
         full = Shape(ladders.rows[-1], ladders.positions[-1])
-        compiled = compile_traced(lambda: programs.trace_round(full, ladders.block_sizes[0]), layout)
+        try:
+            compiled = compile_traced(lambda: programs.trace_round(full, ladders.block_sizes[0]), layout)
+        except jax.errors.JaxRuntimeError as error:
+            raise ConfigError(
+                f"a round of {config.max_slots} slots of {full.positions} positions does not fit a device of "
+                f"{topology.name}: {read_refusal(error)}; take fewer --max-slots or a smaller --max-model-len"
+            ) from error
     return ServingPlan(
         topology,
         layout,

@@ -75,6 +75,31 @@ def test_what_does_not_fit_says_what_would():
         plan_serving(OPTIONS, make_config(), make_topology(16 * 1024))
 
 
+def test_a_number_of_slots_that_cannot_be_is_one_sentence():
+    with pytest.raises(ConfigError, match="max_slots is -1"):
+        plan_serving(replace(OPTIONS, max_slots=-1), make_config(), make_topology())
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "told"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory in hbm.\nmore",
+            ConfigError,
+            r"of here: Ran out of memory in hbm; take",
+        ),
+        ("INTERNAL: broken", jax.errors.JaxRuntimeError, "INTERNAL: broken"),
+    ],
+)
+def test_a_compiler_that_finds_no_room_is_one_sentence(monkeypatch, said, error, told):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError(said)
+
+    monkeypatch.setattr(serving_plan, "compile_traced", refuse)
+    with pytest.raises(error, match=told):
+        plan_serving(OPTIONS, make_config(), make_topology())
+
+
 def test_several_devices_need_a_mesh():
     topology = Topology("two", "cpu", DeviceKind(2**30, 1e9, 1e12), jax.devices()[:1] * 2)
     with pytest.raises(ConfigError, match="two has 2 devices and a server without --mesh uses one of them"):
