@@ -3,28 +3,27 @@
     python serve.py --config configs/tiny.py --max-slots 32 &
     python benchmarks/serving_load.py --prompts runs/tiny/corpus/eval.jsonl --output benchmarks/DATE-serving
 
-    python serve.py --config configs/tiny.py --max-slots 32 --block-size 6 --port 8001 &
-    python benchmarks/serving_load.py --fixed-url http://127.0.0.1:8001 ...     (a third column: always that block size)
+    python benchmarks/serving_load.py --block-size 6 ...     (a third mode: always drafting, blocks of that size)
 
-For every number of concurrent streams the modes take the same prompts, greedily, one mode after the other in turns, so
-that a noisy machine hits all; the median repeat counts. A mode's clients begin together, and each sends its next
-prompt when its last answer has ended. Texts of the modes are compared. Only loopback addresses are loaded.
+For every number of concurrent streams the modes take the same prompts, greedily, one mode after the other in every
+order, so that a noisy machine hits all; the median repeat counts. A mode's clients begin together, and each sends its
+next prompt when its last answer has ended. Texts of the modes are compared. Only loopback addresses are loaded.
 
 One row a repeat (`rows.jsonl`): `streams`, `mode` (`domino`: the server chooses the block size, `plain`: `use_draft`
-false, `fixed`: the server of `--fixed-url`), `tokens_per_s` (all streams, from the first request to the last answer),
-`ttft_s` (median time to the first token), `itl_ms` (median over answers of the mean time between tokens), `tau` (tokens
-a round, mean over answers that were drafted for), `host_share` (part of the engine's busy time outside device calls),
-`num_tokens`, `num_answers`.
+false, `fixed`: every request asks for `--block-size`), `tokens_per_s` (all streams, from the first request to the last
+answer), `ttft_s` (median time to the first token), `itl_ms` (median over answers of the mean time between tokens),
+`tau` (tokens a round, mean over answers that were drafted for), `host_share` (part of the engine's busy time outside
+device calls), `num_tokens`, `num_answers`.
 """
 
 import argparse
 import asyncio
 import ipaddress
+import itertools
 import json
 import statistics
 import sys
 import time
-from contextlib import AsyncExitStack
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -36,19 +35,18 @@ MODES = ("domino", "plain", "fixed")
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--fixed-url", help="a server of one block size, loaded in turn with the other")
+    parser.add_argument("--block-size", type=int, help="a third mode that always drafts blocks of this size")
     parser.add_argument("--prompts", type=Path, required=True, help='JSONL of {"messages": [...]}')
     parser.add_argument("--output", type=Path, required=True, help="folder for rows.jsonl and table.md")
     parser.add_argument("--streams", default="1,2,4,8,16,32")
     parser.add_argument("--answers", type=int, default=64, help="answers a repeat, at least eight a stream")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=6, help="best a multiple of 6, of 2 without --block-size")
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--ignore-eos", action="store_true", help="every answer has max-tokens tokens")
     args = parser.parse_args(arguments)
-    for url in filter(None, (args.url, args.fixed_url)):
-        host = urlparse(url).hostname or ""
-        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
-            parser.error(f"{host} is not this machine; the load goes to loopback addresses only")
+    host = urlparse(args.url).hostname or ""
+    if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+        parser.error(f"{host} is not this machine; the load goes to loopback addresses only")
     return args
 
 
@@ -71,7 +69,7 @@ async def ask(client, messages, mode, args):
         "stream_options": {"include_usage": True},
         "use_draft": mode != "plain",
         "return_metrics": True,
-    }
+    } | ({"block_size": args.block_size} if mode == "fixed" else {})
     began, first_s, last_s, text, usage, metrics = time.perf_counter(), None, None, [], None, None
     async with client.stream("POST", "/v1/chat/completions", json=body) as response:
         if response.status_code != 200:
@@ -139,22 +137,19 @@ async def measure(args):
     args.output.mkdir(parents=True, exist_ok=True)
     rows, num_different = [], 0
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with AsyncExitStack() as stack:
-        urls = {"domino": args.url, "plain": args.url} | ({"fixed": args.fixed_url} if args.fixed_url else {})
-        clients = {
-            url: await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=600, limits=limits))
-            for url in set(urls.values())
-        }
-        modes = list(urls)
+    modes = MODES if args.block_size else MODES[:2]
+    # What a mode leaves in the prefix cache is found by the next one, so that each comes first, and after each other.
+    orders = list(itertools.permutations(modes))
+    async with httpx.AsyncClient(base_url=args.url, timeout=600, limits=limits) as client:
         for streams in map(int, args.streams.split(",")):
             count = max(args.answers, 8 * streams)
             chosen = [prompts[i % len(prompts)] for i in range(count)]
             for mode in modes:  # the prefix cache holds the prompts from here on, in all modes alike
-                await run_repeat(clients[urls[mode]], chosen, mode, streams, args)
+                await run_repeat(client, chosen, mode, streams, args)
             for repeat in range(args.repeats):
                 texts = {}
-                for mode in modes if repeat % 2 == 0 else modes[::-1]:
-                    row, texts[mode] = await run_repeat(clients[urls[mode]], chosen, mode, streams, args)
+                for mode in orders[repeat % len(orders)]:
+                    row, texts[mode] = await run_repeat(client, chosen, mode, streams, args)
                     rows.append({"repeat": repeat, **row})
                     print(json.dumps(rows[-1]), flush=True)
                 num_different += sum(len(set(same)) > 1 for same in zip(*texts.values(), strict=True))

@@ -125,6 +125,8 @@ class Request:
         num_top_logprobs: return each token's log-probability and those of that many most likely tokens; None: neither.
         num_prompt_logprobs: the same for the tokens of the prompt, all but the first.
         use_draft: False decodes this request plainly; its text is the same.
+        block_size: slots of a block in all calls this request is in, whatever the load; of several that are asked for
+            in a call the smallest counts. None: the engine chooses.
     """
 
     request_id: str
@@ -138,6 +140,7 @@ class Request:
     num_top_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     use_draft: bool = True
+    block_size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -75,11 +75,13 @@ class Engine(Protocol):
         max_model_len: tokens a request's prompt and output may have together.
         vocab_size: ids are 0 .. vocab_size - 1.
         max_logprobs: most likely tokens whose log-probabilities a request may ask for.
+        block_sizes: slots of a block that a drafted-for request may ask for; none without a drafter.
     """
 
     max_model_len: int
     vocab_size: int
     max_logprobs: int
+    block_sizes: tuple[int, ...]
 
     def start(self, deliver: Deliver, observe: Callable[[CallTimes], None] = lambda times: None) -> None:
         """Compile and begin to serve in a thread of its own; `observe` gets the times of every device call.

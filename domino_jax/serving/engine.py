@@ -59,6 +59,7 @@ class SlotEngine:
         self.max_logprobs = MAX_TOP_LOGPROBS
         self._config = config
         self._ladders = plan_ladders(config, target, draft)
+        self.block_sizes = tuple(size for size in self._ladders.block_sizes if size > 1)
         self._load_params = load_params
         self.programs = Programs(find_settings(config, target, draft, dtype), self._ladders, layout)
         num_drafts = {size: self.programs.num_draft_tokens(size) for size in self._ladders.block_sizes}
@@ -98,7 +99,8 @@ class SlotEngine:
 
         Raises:
             ValueError: the request cannot be served: its prompt is empty or fills the context, an id is outside the
-                vocabulary, or it asks for more stop ids or log-probabilities than there can be.
+                vocabulary, it asks for more stop ids or log-probabilities than there can be, or for a block size that
+                is not served.
         """
         self._check(request)
         with self._lock:
@@ -123,6 +125,8 @@ class SlotEngine:
         for num_top in (request.num_top_logprobs, request.num_prompt_logprobs):
             if not 0 <= (num_top or 0) <= self.max_logprobs:
                 raise ValueError(f"{num_top} log-probabilities are asked for; 0 .. {self.max_logprobs} are allowed")
+        if request.block_size is not None and request.block_size not in self.block_sizes:
+            raise ValueError(f"block size {request.block_size} is asked for; {self.block_sizes} are served")
 
     def cancel(self, request_id: str) -> None:
         """See `contract.Engine.cancel`."""
@@ -222,13 +226,13 @@ class SlotEngine:
         has_prompts = any(not s.is_running for s in self._sequences.values())
         num_begun = self._run_prompts()
         self._deliver_events()  # first tokens do not wait for the rounds of others
-        size, rounds_s = self._run_rounds()
+        size, rounds_s, is_chosen = self._run_rounds()
         self._deliver_events()
         used = sum(len(s.tokens) for s in self._sequences.values())
         self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
         step_s = time.perf_counter() - began
         self._busy_s += step_s
-        if rounds_s > 0 and shape == self._batch.shape:  # a change takes long and comes seldom
+        if is_chosen and shape == self._batch.shape:  # a change takes long and comes seldom
             self.policy.observe_between(shape, size, step_s - rounds_s, num_begun, has_prompts)
 
     def _deliver_events(self) -> None:
@@ -308,14 +312,19 @@ class SlotEngine:
 
     # Rounds
 
-    def _run_rounds(self) -> tuple[int, float]:
-        """Run a call of rounds and read its results; return its block size and its seconds on the device."""
+    def _run_rounds(self) -> tuple[int, float, bool]:
+        """Run a call of rounds and read its results.
+
+        Returns its block size, its seconds on the device, and whether the policy may learn from it: what was asked for
+        was not its choice.
+        """
         running = [s for s in self._sequences.values() if s.is_running]
         if not running:
-            return 1, 0.0
+            return 1, 0.0, False
         self._shrink_batch(running)
         manner = find_manner(s.request.sampling for s in running)
-        size, num_rounds = self._choose_rounds(running, manner)
+        asked = {s.request.block_size for s in running if s.request.use_draft} - {None}
+        size, num_rounds = self._choose_rounds(running, manner, min(asked, default=None))
         drafted, has_caught_up = self._choose_drafted(running) if size > 1 else (set(), False)
         with self._lock:
             others_wait = self._scheduler.num_waiting > 0
@@ -327,18 +336,21 @@ class SlotEngine:
         accepted: list[int] = []
         for sequence in running:
             self._events += self._read_row(sequence, result, size, sequence.slot in drafted, accepted)
-        self.policy.observe(size, accepted)
         num_run = int(result.num_rounds.max())
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
-        if not has_caught_up:  # the time of that would be counted as the call's
-            self.policy.observe_call(self._batch.shape, size, num_run, call_s - num_run * cost.seconds)
-        return size, call_s
+        if not asked:
+            self.policy.observe(size, accepted)
+        if not asked and not has_caught_up:  # the time of that would be counted as the call's
+            self.policy.observe_call(self._batch.shape, size, num_run, call_s)
+        return size, call_s, not asked
 
-    def _choose_rounds(self, running: list[ServedSequence], manner: Manner) -> tuple[int, int]:
-        """Return the block size and the rounds of the next call."""
+    def _choose_rounds(self, running: list[ServedSequence], manner: Manner, asked: int | None) -> tuple[int, int]:
+        """Return the block size and the rounds of the next call; `asked` is a block size that was asked for."""
         num_drafted = sum(s.request.use_draft for s in running)
         shape, sizes = self._batch.shape, self._ladders.block_sizes
-        if not self._config.is_adaptive:
+        if asked is not None:
+            sizes = (asked,)
+        elif not self._config.is_adaptive:
             sizes = sizes[:1] if num_drafted else sizes[-1:]
         costs = {size: self.programs.costs[shape, size, manner].seconds for size in sizes}
         max_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}

@@ -20,8 +20,14 @@ _FORGETTING = 0.0002
 """Share of the way back to the start that the means go in a round that is plain by choice, where nothing is learned."""
 _LENGTH_RATE = 0.05
 """Weight of one sequence in the running means of lengths and of time between calls."""
-_CALL_RATE, _CALL_DRIFT = 0.05, 0.002
-"""Weight of one call in the running means of its block size, and in those of others."""
+_CALL_RATE = 0.01
+"""Weight of one call in the running means of what calls take, once there have been some."""
+_SLOWNESS_RATE, _SLOWNESS_FORGETTING = 0.05, 0.005
+"""Weight of one call in the running mean of the machine's slowness, and its way back to none."""
+_CALLS_TO_KNOW = 20
+"""Calls of a kind before one that takes longer than the others did speaks of the machine."""
+_DRIFT = 0.0005
+"""Weight of one call, or prompt, in the running means of block sizes that are not used, lest they grow old."""
 _CALLS_BETWEEN_TRIALS = 16
 """After so many calls one has a round more or less than seems best: warm-up times are not exact, and this shows it."""
 _ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 1.0
@@ -36,8 +42,9 @@ class WidthPolicy:
     Attributes:
         survival: for k = 1 ..: chance that at least k drafts of a block are accepted and kept.
         mean_len: new tokens of a sequence; None until one has ended.
-        prompt_s: seconds outside calls for every sequence that begins, where rounds are drafted for (True) or plain
-            (False): more of what was drafted for is kept for others.
+        slowness: how many times longer than usual calls take at the moment.
+        prompt_s: seconds outside calls for every sequence that begins, by shape and by whether rounds are drafted for:
+            more of what was drafted for is kept for others, and prompts take longer beside many rows.
     """
 
     def __init__(self, num_draft_tokens: Mapping[int, int]) -> None:
@@ -46,15 +53,16 @@ class WidthPolicy:
         self._start = [_SURVIVAL_START**k for k in range(1, max(self._num_drafts.values()) + 1)]
         self.survival = list(self._start)
         self.mean_len: float | None = None
-        self.prompt_s: dict[bool, float] = {}
+        self.slowness = 1.0
+        self.prompt_s: dict[tuple[Hashable, bool], float] = {}
         self._not_yet_shared_s = 0.0
         self._between_s: dict[Hashable, float] = {}
         self._excess_s: dict[tuple[Hashable, int], dict[int, float]] = {}
         self._num_calls: Counter[tuple[Hashable, int, int]] = Counter()
+        self._round_s: dict[Hashable, Mapping[int, float]] = {}
         self._num_choices = 0
         self._last = max(self._num_drafts)
-        self._is_plain_by_choice = False
-        self._is_plain_by_request = False
+        self._has_chosen = True
 
     def expected_tokens(self, block_size: int) -> float:
         """Return the tokens a drafted-for row commits in a round, the target's own token counted."""
@@ -76,18 +84,10 @@ class WidthPolicy:
         others run.
         """
         sizes = [size for size in round_s if size == 1 or num_drafted > 0]
+        self._round_s[shape] = round_s
 
         def tokens_per_s(block_size: int, num_rounds: int) -> float:
-            call_s = self.excess_s(shape, block_size, num_rounds) + self._between_s.get(shape, 0.0)
-            seconds = round_s[block_size] + call_s / num_rounds
-            if self.mean_len is None:
-                return (num_drafted * self.expected_tokens(block_size) + num_plain) / seconds
-            # Rounds that a slot stands still for: half of the rest of the call its sequence ends in, and the next one.
-            pause = (3 * num_rounds - 1) / 2 if has_free else 0.0
-            drafted = 1 / (1 / self.expected_tokens(block_size) + pause / self.mean_len)
-            plain = 1 / (1 + pause / self.mean_len)
-            prompt_s = self.prompt_s.get(block_size > 1, self.prompt_s.get(self._last > 1, 0.0))
-            return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + prompt_s / self.mean_len)
+            return self._promise(shape, round_s[block_size], block_size, num_rounds, num_drafted, num_plain, has_free)
 
         best: tuple[int, int] | None = None
         for size in sorted(sizes):
@@ -99,15 +99,36 @@ class WidthPolicy:
             if best is None or tokens_per_s(*option) >= needed * tokens_per_s(*best):
                 best = option
         assert best is not None
-        self._is_plain_by_choice = best[0] == 1 and num_drafted > 0
-        self._is_plain_by_request = num_drafted == 0
-        if num_drafted > 0:
+        self._has_chosen = len(sizes) > 1
+        if self._has_chosen:
             self._last = best[0]
         self._num_choices += 1
         if self._num_choices % _CALLS_BETWEEN_TRIALS == 0:
             lengths = [n for n in (best[1] - 1, best[1] + 1) if 1 <= n <= max_rounds[best[0]]] or [best[1]]
             best = best[0], lengths[self._num_choices // _CALLS_BETWEEN_TRIALS % len(lengths)]
         return best
+
+    def _promise(
+        self,
+        shape: Hashable,
+        round_s: float,
+        block_size: int,
+        num_rounds: int,
+        num_drafted: int,
+        num_plain: int,
+        has_free: bool,
+    ) -> float:
+        """Return tokens a second of calls of that block size and number of rounds; see `choose`."""
+        call_s = self.excess_s(shape, block_size, num_rounds) + self._between_s.get(shape, 0.0)
+        seconds = round_s + call_s / num_rounds
+        if self.mean_len is None:
+            return (num_drafted * self.expected_tokens(block_size) + num_plain) / seconds
+        # Rounds that a slot stands still for: half of the rest of the call its sequence ends in, and the next one.
+        pause = (3 * num_rounds - 1) / 2 if has_free else 0.0
+        drafted = 1 / (1 / self.expected_tokens(block_size) + pause / self.mean_len)
+        plain = 1 / (1 + pause / self.mean_len)
+        prompt_s = self._find_prompt_s(shape, block_size > 1)
+        return 1 / (seconds / (num_drafted * drafted + num_plain * plain) + prompt_s / self.mean_len)
 
     def excess_s(self, shape: Hashable, block_size: int, num_rounds: int) -> float:
         """Return the seconds that a call takes beyond what its rounds took at warm-up.
@@ -117,6 +138,10 @@ class WidthPolicy:
         """
         known = self._excess_s.get((shape, block_size)) or self._excess_s.get((shape, self._last))
         return known[min(known, key=lambda n: abs(n - num_rounds))] if known else 0.0
+
+    def _find_prompt_s(self, shape: Hashable, is_drafted: bool) -> float:
+        """Return what a prompt takes; what is not known of one manner of rounds is taken to be as of the other."""
+        return self.prompt_s.get((shape, is_drafted), self.prompt_s.get((shape, not is_drafted), 0.0))
 
     def observe_end(self, num_tokens: int) -> None:
         """Learn from the new tokens of a sequence that has ended."""
@@ -129,44 +154,53 @@ class WidthPolicy:
     ) -> None:
         """Learn from the seconds before and after a call; `num_begun` sequences began.
 
-        True `has_prompts`: prompts were run. What is known of the other manner of rounds drifts, lest it grow old.
+        True `has_prompts`: prompts were run.
         """
+        seconds /= self.slowness
         each_call_s = self._between_s.get(shape, 0.0 if has_prompts else seconds)
         if not has_prompts:
-            self._between_s[shape] = each_call_s + _CALL_RATE * (seconds - each_call_s)
+            self._between_s[shape] = each_call_s + _LENGTH_RATE * (seconds - each_call_s)
             return
         self._not_yet_shared_s += seconds - each_call_s
         if not num_begun:
             return
         each_s, self._not_yet_shared_s = self._not_yet_shared_s / num_begun, 0.0
-        own, other = block_size > 1, block_size == 1
+        own, other = (shape, block_size > 1), (shape, block_size == 1)
+        if own not in self.prompt_s:
+            self.prompt_s[own] = self.prompt_s.get(other, each_s)
         for _ in range(num_begun):
-            before_s = self.prompt_s.get(own, self.prompt_s.get(other, each_s))
-            self.prompt_s[own] = before_s + _LENGTH_RATE * (each_s - before_s)
-            if other in self.prompt_s and not self._is_plain_by_request:
-                self.prompt_s[other] += _CALL_DRIFT * (each_s - self.prompt_s[other])
+            self.prompt_s[own] += _LENGTH_RATE * (each_s - self.prompt_s[own])
+            if other in self.prompt_s and self._has_chosen:
+                self.prompt_s[other] += _DRIFT * (each_s - self.prompt_s[other])
 
-    def observe_call(self, shape: Hashable, block_size: int, num_rounds: int, excess_s: float) -> None:
-        """Learn from the seconds that a call took beyond what its rounds took at warm-up.
+    def observe_call(self, shape: Hashable, block_size: int, num_rounds: int, call_s: float) -> None:
+        """Learn from the seconds that a call took.
 
-        What is known of other block sizes at this shape drifts towards it, lest it grow old, while drafts are wanted.
+        A machine that others use is slower for a while, whatever is run: seconds are divided by how much slower than
+        usual it is now, so that a slow moment does not speak against what was used in it.
         """
+        round_s = num_rounds * self._round_s[shape][block_size]
         before_s = self.excess_s(shape, block_size, num_rounds)
-        own = self._excess_s.setdefault((shape, block_size), {})
         # Few calls have a length that is only tried: their mean is one of equals at first.
         count = self._num_calls[shape, block_size, num_rounds] = self._num_calls[shape, block_size, num_rounds] + 1
+        if count > _CALLS_TO_KNOW:
+            usual = call_s / max(round_s + before_s, round_s / 10)
+            self.slowness += _SLOWNESS_RATE * (usual - self.slowness)
+        self.slowness += _SLOWNESS_FORGETTING * (1.0 - self.slowness)
+        excess_s = call_s / self.slowness - round_s
+        own = self._excess_s.setdefault((shape, block_size), {})
         own[num_rounds] = before_s + max(_CALL_RATE, 1 / (count + 1)) * (excess_s - before_s)
-        if self._is_plain_by_request:
+        if not self._has_chosen:
             return
         for key, known in self._excess_s.items():
             if key[0] == shape and key[1] != block_size:
                 for n, known_s in known.items():
-                    known[n] = known_s + _CALL_DRIFT * (excess_s - known_s)
+                    known[n] = known_s + _DRIFT * (excess_s - known_s)
 
     def observe(self, block_size: int, num_accepted: Sequence[int]) -> None:
         """Learn from the drafts that every drafted-for row of a round accepted and kept."""
         num_drafts = self._num_drafts[block_size]
-        if num_drafts == 0 and not self._is_plain_by_choice:
+        if num_drafts == 0 and not self._has_chosen:
             return
         if num_drafts == 0:
             self.survival = [s + _FORGETTING * (start - s) for s, start in zip(self.survival, self._start, strict=True)]

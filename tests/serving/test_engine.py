@@ -100,6 +100,31 @@ def test_a_request_without_drafts_among_others_has_the_same_text(decoder, driver
     assert any(max(a.acceptance_lengths, default=1) > 1 for a in answers[::2])
 
 
+def test_a_block_size_that_is_asked_for_is_used_and_teaches_nothing(decoder):
+    sizes = 4, 2
+    driver = EngineDriver(decoder, max_slots=4, batch_sizes=(4,), block_sizes=sizes).wait_until_ready()
+    try:
+        untaught = list(driver.engine.policy.survival)
+        for size in sizes:
+            requests = make_mixed_requests(5, seed=6)
+            asking = [dataclasses.replace(r, request_id=next(_ids), block_size=size) for r in requests]
+            answers = driver.run(asking)
+            for request, answer in zip(asking, answers, strict=True):
+                assert answer.output_ids == decode_alone(decoder, request).output_ids
+            drafted = {event.num_draft_tokens for answer in answers for event in answer.events}
+            assert drafted == {0, driver.engine.programs.num_draft_tokens(size)}
+        assert driver.engine.policy.survival == untaught
+        # With others that ask for less, that is what all of a call get.
+        both = [make_request([5] * 9, 40, block_size=size) for size in sizes] + [make_request([5] * 9, 40)]
+        alone = [driver.run([dataclasses.replace(r, request_id=next(_ids), block_size=None)])[0] for r in both]
+        together = driver.run(both)
+        assert [a.output_ids for a in together] == [a.output_ids for a in alone]
+        with pytest.raises(ValueError, match=r"block size 3 is asked for; \(4, 2\) are served"):
+            driver.engine.submit(make_request([1], block_size=3))
+    finally:
+        driver.engine.stop()
+
+
 def test_candidates_of_the_head_change_drafts_and_no_text(decoder, driver):
     requests = make_mixed_requests(6, seed=5)
     limited = copy.copy(decoder)

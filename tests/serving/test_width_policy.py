@@ -19,9 +19,10 @@ def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
     return size
 
 
-def observe_calls(policy, size, excess_s, repeats=300, num_rounds=1):
+def observe_calls(policy, costs, size, excess_s, repeats=300, num_rounds=1):
+    policy.choose("a shape", costs, ONE_ROUND, 1, 0, True)
     for _ in range(repeats):
-        policy.observe_call("a shape", size, num_rounds, excess_s)
+        policy.observe_call("a shape", size, num_rounds, num_rounds * costs[size] + excess_s)
 
 
 def test_expected_tokens_follow_the_drafts_that_survive():
@@ -110,7 +111,7 @@ def test_calls_are_as_long_as_pays():
     assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 1)
     assert policy.choose("a shape", costs, at_most, 4, 0, False) == (6, 4)
     # 4 s more for every call: for 20 tokens 4 + 1 rounds of 4 + 4, or 4 + 2.5 of 4 + 2, or 4 + 4 of 4 + 1.33.
-    observe_calls(policy, 6, 4.0)
+    observe_calls(policy, costs, 6, 4.0)
     assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 2)
     for _ in range(300):
         policy.observe_end(2000)
@@ -131,7 +132,7 @@ def test_time_between_calls_is_not_shortened_by_drafting():
         policy.observe_end(1000)
         policy.observe_between("a shape", 6, 0.5, 0, True)
         policy.observe_between("a shape", 6, 1.5, 2, True)
-    assert policy.prompt_s == {True: pytest.approx(1.0, abs=0.01)}
+    assert policy.prompt_s == {("a shape", True): pytest.approx(1.0, abs=0.01)}
     assert choose(policy, poor, ONE_ROUND, 1, 0) == 1
     assert choose(policy, good, ONE_ROUND, 1, 0) == 6
     for _ in range(200):
@@ -147,7 +148,7 @@ def test_what_every_call_takes_is_not_the_prompts():
     for _ in range(300):
         policy.observe_between("a shape", 6, 4.0, 0, False)
         policy.observe_between("a shape", 6, 7.0, 1, True)
-    assert policy.prompt_s == {True: pytest.approx(3.0, abs=0.01)}
+    assert policy.prompt_s == {("a shape", True): pytest.approx(3.0, abs=0.01)}
     # Between calls as beyond their rounds: shared by the rounds of a call.
     assert policy.choose("a shape", costs, at_most, 4, 0, True) == (6, 2)
 
@@ -182,7 +183,7 @@ def test_what_calls_take_beyond_their_rounds_weighs_by_the_rounds_of_a_call():
     policy = make_policy(5)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 1
     # A second more for every call: 6.5 for 5 tokens against 2.0 for one.
-    observe_calls(policy, 1, 1.0)
+    observe_calls(policy, costs, 1, 1.0)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
     assert policy.choose("another shape", costs, ONE_ROUND, 4, 0, True) == (1, 1)
 
@@ -190,10 +191,10 @@ def test_what_calls_take_beyond_their_rounds_weighs_by_the_rounds_of_a_call():
 def test_a_block_size_whose_calls_were_slow_is_tried_again_after_many_calls_of_another():
     costs = {12: 9.0, 6: 4.0, 1: 1.0}
     policy = make_policy(5)
-    observe_calls(policy, 6, 8.0)
-    observe_calls(policy, 1, 0.0, repeats=1)
+    observe_calls(policy, costs, 6, 8.0)
+    observe_calls(policy, costs, 1, 0.0, repeats=20)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 1
-    observe_calls(policy, 1, 0.0, repeats=3000)
+    observe_calls(policy, costs, 1, 0.0, repeats=5000)
     assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
 
 
@@ -206,7 +207,29 @@ def test_calls_of_other_lengths_are_tried_now_and_then_and_taken_where_they_are_
         _, num_rounds = policy.choose("a shape", costs, at_most, 4, 0, True)
         chosen.append(num_rounds)
         # A round takes 2.5 and not the 4 of warm-up, a call 3: 5.5 for one round, 8 for two, 10.5 for three.
-        policy.observe_call("a shape", 6, num_rounds, 3.0 + 2.5 * num_rounds - 4.0 * num_rounds)
+        policy.observe_call("a shape", 6, num_rounds, 3.0 + 2.5 * num_rounds)
     assert set(chosen[:8]) == {1}
     assert sum(n == 2 for n in chosen[-320:]) >= 290
     assert {1, 2, 3} == set(chosen[-320:])
+
+
+def test_a_slow_moment_of_the_machine_does_not_speak_against_what_was_used_in_it():
+    costs = {6: 5.2, 1: 1.0}
+    policy = make_policy(5)
+    policy.observe_end(20)
+    observe_calls(policy, costs, 6, 0.5)
+    observe_calls(policy, costs, 1, 0.5)
+    for _ in range(100):
+        policy.observe_between("a shape", 6, 2.0, 1, True)
+        policy.observe_between("a shape", 1, 2.0, 1, True)
+    for slowness in [1.0] * 50 + [1.4] * 150 + [1.0] * 100:
+        # 4 + 1 rounds of 5.7 against 20 + 1 of 1.5.
+        assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
+        policy.observe_call("a shape", 6, 1, 5.7 * slowness)
+        policy.observe_between("a shape", 6, 2.0 * slowness, 1, True)
+    assert policy.slowness == pytest.approx(1.0, abs=0.03)
+    policy.observe_end(20_000)  # sequences without end: rounds alone count, 5.7 for 5 tokens against 1.5 for each
+    for _ in range(400):
+        policy.observe_end(20_000)
+    dear = {6: 6.4, 1: 1.0}
+    assert choose(policy, dear, ONE_ROUND, 4, 0) == 6

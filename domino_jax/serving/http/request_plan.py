@@ -165,6 +165,7 @@ class Planner:
                     num_top_logprobs=num_logprobs,
                     num_prompt_logprobs=num_logprobs if echo else None,
                     use_draft=_or(body.use_draft, True),
+                    block_size=body.block_size,
                 )
                 for j in range(n)
             ]
@@ -245,6 +246,12 @@ class Planner:
         for value, allowed, name, what in checks:
             if value > allowed:
                 raise ApiError(400, f"{name}: {value} {what} were asked for; at most {allowed} are allowed", name)
+        sizes = self._engine.block_sizes
+        if body.block_size is not None and body.use_draft is False:
+            raise ApiError(400, "block_size is for drafts and use_draft is false; leave one out", "block_size")
+        if body.block_size is not None and body.block_size not in sizes:
+            allowed = f"served are {', '.join(map(str, sizes))}" if sizes else "there is no drafter; leave it out"
+            raise ApiError(400, f"block_size is {body.block_size}; {allowed}", "block_size")
         for token_id in stop_ids:
             if token_id >= vocab_size:
                 raise ApiError(

@@ -117,6 +117,9 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     user: str | None = None
     use_draft: Annotated[bool, Field(description="False decodes plainly; the text is the same.")] | None = None
+    block_size: Annotated[int, Field(ge=2, lt=2**31, description="Always drafts blocks of so many slots.")] | None = (
+        None
+    )
     return_token_sources: (
         Annotated[bool, Field(description="Each choice tells who wrote each piece of its text.")] | None
     ) = None

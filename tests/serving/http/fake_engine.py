@@ -39,6 +39,7 @@ class FakeSettings:
     max_model_len: int = 512
     vocab_size: int = 300
     max_logprobs: int = 5
+    block_sizes: tuple[int, ...] = (12, 6)
     stop_at: int | None = None
 
 
@@ -59,6 +60,7 @@ class FakeEngine:
         self.max_model_len = self.settings.max_model_len
         self.vocab_size = self.settings.vocab_size
         self.max_logprobs = self.settings.max_logprobs
+        self.block_sizes = self.settings.block_sizes
         self.submitted, self.cancelled = [], []
         self.calls_of_deliver = 0
         self._lock = threading.Condition()

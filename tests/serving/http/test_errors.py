@@ -48,6 +48,7 @@ BAD_FIELDS = [
     ("frequency_penalty", -2.5), ("repetition_penalty", 0), ("repetition_penalty", 2.5), ("logit_bias", {"x": 1}),
     ("logit_bias", {"300": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"٣": 1}), ("logit_bias", {"1": 101}),
     ("logit_bias", {"1": "x"}), ("logit_bias", [1]), ("skip_special_tokens", 1), ("use_draft", "no"),
+    ("block_size", 1), ("block_size", 7), ("block_size", "6"),
     ("return_metrics", 1), ("return_token_sources", "x"), ("max_tokens", 0), ("max_tokens", -5),
     ("max_tokens", 1.5), ("max_tokens", 10_000), ("max_tokens", 2**31), ("max_completion_tokens", 0),
     ("top_logprobs", 2), ("top_logprobs", -1), ("logprobs", 3), ("chat_template_kwargs", "x"),
@@ -292,3 +293,12 @@ def test_the_codec_of_the_tests_is_a_codec():
     from domino_jax.serving.http.text_codec import TextCodec
 
     assert isinstance(ByteCodec(), TextCodec)
+
+
+def test_a_block_size_needs_a_drafter_and_drafts(server, serve):
+    body = {"messages": MESSAGES, "block_size": 6}
+    error = check(server.client.post("/v1/chat/completions", json=body | {"use_draft": False}), 400)
+    assert error["message"] == "block_size is for drafts and use_draft is false; leave one out"
+    without = serve(FakeEngine(block_sizes=()))
+    error = check(without.client.post("/v1/chat/completions", json=body), 400)
+    assert error["message"] == "block_size is 6; there is no drafter; leave it out"

@@ -47,6 +47,8 @@ def last_request(server):
         ({"max_tokens": 3}, lambda r: r.max_new_tokens, 3),
         ({"use_draft": False}, lambda r: r.use_draft, False),
         ({}, lambda r: r.use_draft, True),
+        ({"block_size": 6}, lambda r: r.block_size, 6),
+        ({}, lambda r: r.block_size, None),
         ({"user": "someone", "metadata": {"a": "b"}}, lambda r: r.num_top_logprobs, None),
     ],
 )
