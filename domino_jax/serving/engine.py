@@ -14,11 +14,12 @@ from domino_jax.decoding.slots import MAX_TOP_LOGPROBS, CallResult
 from domino_jax.decoding.state import ModelParams
 from domino_jax.records import FinishReason, Request, TokenEvent
 from domino_jax.serving.compile_listener import listen_for_compiles
-from domino_jax.serving.contract import CallTimes, Deliver, EngineStatus, EngineUnavailableError
+from domino_jax.serving.contract import CallTimes, Deliver, EngineStatus
 from domino_jax.serving.engine_config import EngineConfig, find_max_model_len, find_settings, plan_ladders
+from domino_jax.serving.intake import Intake
 from domino_jax.serving.known_tokens import KnownTokens
-from domino_jax.serving.programs import MAX_STOP_IDS, Manner, Programs, Shape, find_manner
-from domino_jax.serving.scheduler import Scheduler
+from domino_jax.serving.programs import MAX_STOP_IDS, Programs, Shape
+from domino_jax.serving.round_costs import Costs, Manner, count_call_rounds, find_manner, measure_rounds
 from domino_jax.serving.sequence import PromptRun, ServedSequence
 from domino_jax.serving.slot_batch import SlotBatch
 from domino_jax.serving.width_policy import WidthPolicy
@@ -36,7 +37,8 @@ class SlotEngine:
     """Continuous batching with speculative rounds; see `contract.Engine` for what it promises.
 
     Attributes:
-        programs: what it runs; their costs are known once it is ready.
+        programs: what it runs.
+        costs: what their rounds cost; known once it is ready.
         policy: chooses the block size.
     """
 
@@ -65,19 +67,14 @@ class SlotEngine:
         num_drafts = {size: self.programs.num_draft_tokens(size) for size in self._ladders.block_sizes}
         self.policy = WidthPolicy(num_drafts)
         self._num_draft_tokens = num_drafts
+        self.costs: Costs = {}
         self._batch = SlotBatch(self.programs)
         self._known_tokens = KnownTokens(self._batch, config.prefill_tokens_per_call)
         self._sequences: dict[str, ServedSequence] = {}
         self._events: list[TokenEvent] = []
         self._calls_too_large = 0
-        # Shared with other threads, under the lock:
-        self._lock = threading.Condition()
-        self._scheduler = Scheduler(config.max_slots, config.max_waiting)
-        self._requests: dict[str, Request] = {}
-        self._arrived_s: dict[str, float] = {}
-        self._cancelled: set[str] = set()
-        self._state = "not started"
-        self._failure: str | None = None
+        self._intake = Intake(config.max_slots, config.max_waiting)
+        self._compiles_lock = threading.Lock()
         self._num_compiles = {"warmup": 0, "serving": 0}
         self._busy_s = 0.0
         self._cache_usage = 0.0
@@ -88,9 +85,7 @@ class SlotEngine:
         """See `contract.Engine.start`."""
         self._deliver = deliver
         self._observe = observe
-        with self._lock:
-            if self._state == "not started":
-                self._state = "starting"
+        self._intake.begin()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -103,13 +98,7 @@ class SlotEngine:
                 is not served.
         """
         self._check(request)
-        with self._lock:
-            if self._state != "ready":
-                raise EngineUnavailableError(f"the engine is {self._state}; it takes no requests")
-            self._scheduler.submit(request.request_id)
-            self._requests[request.request_id] = request
-            self._arrived_s[request.request_id] = time.monotonic()
-            self._lock.notify()
+        self._intake.submit(request)
 
     def _check(self, request: Request) -> None:
         prompt_len = len(request.prompt_ids)
@@ -130,43 +119,31 @@ class SlotEngine:
 
     def cancel(self, request_id: str) -> None:
         """See `contract.Engine.cancel`."""
-        with self._lock:
-            if request_id in self._requests:
-                self._cancelled.add(request_id)
-                self._lock.notify()
+        self._intake.cancel(request_id)
 
     def drain(self) -> None:
         """See `contract.Engine.drain`."""
-        with self._lock:
-            if self._state not in ("failed", "stopped"):
-                self._state = "draining"
-                self._lock.notify()
+        self._intake.drain()
 
     def stop(self) -> None:
         """See `contract.Engine.stop`."""
-        with self._lock:
-            if self._state != "failed":
-                self._state = "stopped"
-                self._lock.notify()
+        self._intake.stop()
         if self._thread is not None:
             self._thread.join()
 
     def status(self) -> EngineStatus:
         """See `contract.Engine.status`."""
-        with self._lock:
-            return EngineStatus(
-                is_ready=self._state == "ready",
-                progress=self._state,
-                failure=self._failure,
-                num_running=self._scheduler.num_running,
-                num_waiting=self._scheduler.num_waiting,
-                cache_usage=self._cache_usage,
-                num_compiles=dict(self._num_compiles),
-                num_prefix_queries=self._batch.prefixes.num_queries,
-                num_prefix_hits=self._batch.prefixes.num_hits,
-                busy_s=self._busy_s,
-                device_s=self._batch.device_s,
-            )
+        with self._compiles_lock:
+            num_compiles = dict(self._num_compiles)
+        return EngineStatus(
+            **self._intake.read_status(),
+            cache_usage=self._cache_usage,
+            num_compiles=num_compiles,
+            num_prefix_queries=self._batch.prefixes.num_queries,
+            num_prefix_hits=self._batch.prefixes.num_hits,
+            busy_s=self._busy_s,
+            device_s=self._batch.device_s,
+        )
 
     # ------------------------------------------------------------------------------------------ the engine's own thread
 
@@ -174,50 +151,34 @@ class SlotEngine:
         try:
             with listen_for_compiles(self._count_compile):
                 self._warm_up()
-                while self._wait_for_work():
+                while self._intake.wait_for_work():
                     self._step()
             self._end_all("cancelled", "")
         except BaseException as error:
-            with self._lock:
-                self._state, self._failure = "failed", f"{type(error).__name__}: {error}"
+            self._intake.fail(f"{type(error).__name__}: {error}")
             self._end_all("error", "the engine has failed; the server is going down")
             raise
 
     def _count_compile(self) -> None:
         if self._is_warming_up or threading.current_thread() is self._thread:
-            with self._lock:
+            with self._compiles_lock:
                 self._num_compiles["warmup" if self._is_warming_up else "serving"] += 1
 
     def _warm_up(self) -> None:
-        self._set_progress("loading weights")
+        intake = self._intake
+        intake.set_progress("loading weights")
         self.programs.take_params(self._load_params())
-        self.programs.compile_all(lambda done, total: self._set_progress(f"compiled {done}/{total}"), self._is_stopped)
-        if not self._is_stopped():
-            self._set_progress("measuring rounds")
-            self.programs.measure(self._is_stopped)
-        if self._is_stopped():
+        self.programs.compile_all(
+            lambda done, total: intake.set_progress(f"compiled {done}/{total}"), intake.is_stopped
+        )
+        if not intake.is_stopped():
+            intake.set_progress("measuring rounds")
+            self.costs = measure_rounds(self.programs, intake.is_stopped)
+        if intake.is_stopped():
             return
         self._batch.allocate()
         self._is_warming_up = False
-        with self._lock:
-            if self._state not in ("draining", "stopped"):
-                self._state = "ready"
-
-    def _set_progress(self, text: str) -> None:
-        with self._lock:
-            if self._state not in ("draining", "stopped"):
-                self._state = text
-
-    def _is_stopped(self) -> bool:
-        with self._lock:
-            return self._state == "stopped"
-
-    def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; return False when the engine shall end."""
-        with self._lock:
-            while self._state != "stopped" and not (self._requests or self._cancelled):
-                self._lock.wait()
-            return self._state != "stopped"
+        intake.set_progress("ready")
 
     def _step(self) -> None:
         began, shape = time.perf_counter(), self._batch.shape
@@ -241,41 +202,29 @@ class SlotEngine:
             self._deliver(events)
 
     def _take_cancellations(self) -> None:
-        with self._lock:
-            cancelled, self._cancelled = self._cancelled, set()
-        for request_id in cancelled:
-            if request_id in self._requests:
-                sequence = self._sequences.get(request_id)
-                if sequence is not None and sequence.is_running:
-                    self._store(sequence)  # a stop string ends a request this way
-                    self._batch.cancel(sequence.slot)
-                self._events.append(self._end(request_id, "cancelled"))
+        for request_id in self._intake.take_cancelled():
+            sequence = self._sequences.get(request_id)
+            if sequence is not None and sequence.is_running:
+                self._store(sequence)  # a stop string ends a request this way
+                self._batch.cancel(sequence.slot)
+            self._events.append(self._end(request_id, "cancelled"))
 
     def _admit(self) -> None:
-        while True:
-            with self._lock:
-                admitted = self._scheduler.admit()
-                if admitted is None:
-                    return
-                request = self._requests[admitted[0]]
-                queue_s = time.monotonic() - self._arrived_s[admitted[0]]
-            tokens = list(request.prompt_ids)
+        while (admission := self._intake.admit()) is not None:
+            request, tokens = admission.request, list(admission.request.prompt_ids)
             limit_len = min(len(tokens) + request.max_new_tokens, self.max_model_len)
-            self._sequences[admitted[0]] = ServedSequence(request, admitted[1], tokens, limit_len, queue_s)
+            self._sequences[request.request_id] = ServedSequence(
+                request, admission.slot, tokens, limit_len, admission.queue_s
+            )
 
     def _end(self, request_id: str, reason: FinishReason, error: str = "", **event: Any) -> TokenEvent:
         """Forget a request and return its last event."""
         self._sequences.pop(request_id, None)
-        with self._lock:
-            self._scheduler.release(request_id)
-            del self._requests[request_id], self._arrived_s[request_id]
-            self._cancelled.discard(request_id)
+        self._intake.release(request_id)
         return TokenEvent(request_id, finish_reason=reason, error=error, **event)
 
     def _end_all(self, reason: FinishReason, error: str) -> None:
-        with self._lock:
-            open_ids = list(self._requests)
-        self._events += [self._end(request_id, reason, error) for request_id in open_ids]
+        self._events += [self._end(request_id, reason, error) for request_id in self._intake.open_ids()]
         self._deliver_events()
 
     # Prompts
@@ -326,13 +275,11 @@ class SlotEngine:
         asked = {s.request.block_size for s in running if s.request.use_draft} - {None}
         size, num_rounds = self._choose_rounds(running, manner, min(asked, default=None))
         drafted, has_caught_up = self._choose_drafted(running) if size > 1 else (set(), False)
-        with self._lock:
-            others_wait = self._scheduler.num_waiting > 0
         num_new = num_rounds * (self._num_draft_tokens[size] + 1)
         self._batch.hold_positions(max(min(len(s.tokens) + num_new, s.limit_len) for s in running))
-        cost = self.programs.costs[self._batch.shape, size, manner]
+        cost = self.costs[self._batch.shape, size, manner]
         wants_scores = any(s.request.num_top_logprobs is not None for s in running)
-        result, call_s = self._batch.run(size, drafted, num_rounds, others_wait, wants_scores)
+        result, call_s = self._batch.run(size, drafted, num_rounds, self._intake.has_waiting(), wants_scores)
         accepted: list[int] = []
         for sequence in running:
             self._events += self._read_row(sequence, result, size, sequence.slot in drafted, accepted)
@@ -341,7 +288,7 @@ class SlotEngine:
         if not asked:
             self.policy.observe(size, accepted)
         if not asked and not has_caught_up:  # the time of that would be counted as the call's
-            self.policy.observe_call(self._batch.shape, size, num_run, call_s)
+            self.policy.observe_call(self._batch.shape, size, num_run, cost.seconds, call_s)
         return size, call_s, not asked
 
     def _choose_rounds(self, running: list[ServedSequence], manner: Manner, asked: int | None) -> tuple[int, int]:
@@ -352,8 +299,8 @@ class SlotEngine:
             sizes = (asked,)
         elif not self._config.is_adaptive:
             sizes = sizes[:1] if num_drafted else sizes[-1:]
-        costs = {size: self.programs.costs[shape, size, manner].seconds for size in sizes}
-        max_rounds = {size: self.programs.count_call_rounds(seconds) for size, seconds in costs.items()}
+        costs = {size: self.costs[shape, size, manner].seconds for size in sizes}
+        max_rounds = {size: count_call_rounds(seconds, self._ladders.max_rounds) for size, seconds in costs.items()}
         # A slot stands still until its client's next request has come, unless others wait for it or it is the only one.
         has_free = len(self._sequences) < self._ladders.rows[-1] and shape.rows > 1
         num_plain = len(running) - num_drafted
@@ -415,8 +362,7 @@ class SlotEngine:
         self._calls_too_large = 0
         moved = {}
         if smaller < self._batch.shape.rows:
-            with self._lock:
-                moved = self._scheduler.compact(smaller)
+            moved = self._intake.compact(smaller)
         for sequence in self._sequences.values():
             sequence.slot = moved.get(sequence.slot, sequence.slot)
         now = self._batch.shape

@@ -1,4 +1,4 @@
-"""Every device program of an engine, compiled ahead of time for the shapes it serves, and what a round of each costs.
+"""Every device program of an engine, compiled ahead of time for the shapes it serves.
 
 A state has a shape: rows x cache positions, both from a short ladder. Programs run on one shape or lead from one to the
 next; after `compile_all` nothing is compiled again, because only compiled programs are called.
@@ -6,21 +6,17 @@ next; after `compile_all` nothing is compiled again, because only compiled progr
 Source: ahead-of-time compilation of JAX (`jit(f).lower(shapes).compile()`).
 """
 
-import itertools
 import os
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from domino_jax.config import SamplingConfig
 from domino_jax.decoding import prefix_pool, slot_rows, slots
 from domino_jax.decoding.prefill import CHUNK_LENGTHS
 from domino_jax.decoding.prefix_pool import PrefixPool
@@ -33,38 +29,6 @@ _T = TypeVar("_T")
 
 MAX_STOP_IDS = 32
 """Stop ids a request may have."""
-CALL_S = 0.02
-"""Seconds a device call should take at most, unless a single round takes longer."""
-_TIMED_ROUNDS = 5
-
-Manner = Literal["greedy", "sampled", "filtered"]
-"""How a batch chooses its tokens: its dearest row decides."""
-_SAMPLING: dict[Manner, SamplingConfig] = {
-    "greedy": SamplingConfig(),
-    "sampled": SamplingConfig(temperature=1.0),
-    "filtered": SamplingConfig(temperature=1.0, top_p=0.95),
-}
-
-
-def find_manner(samplings: Iterable[SamplingConfig]) -> Manner:
-    """Return the manner of a batch of rows."""
-    sampled = [s for s in samplings if s.temperature > 0]
-    if any(s.top_k > 0 or s.top_p < 1 or s.min_p > 0 for s in sampled):
-        return "filtered"
-    return "sampled" if sampled else "greedy"
-
-
-@dataclass(frozen=True)
-class RoundCost:
-    """What a round costs, with all rows running.
-
-    Attributes:
-        draft_share: part of it that drafting takes; 0 for plain steps. Drafting is timed in a call of its own, so for a
-            tiny model, whose rounds cost less than a call, the part is told too large, up to 1.
-    """
-
-    seconds: float
-    draft_share: float
 
 
 @dataclass(frozen=True)
@@ -134,7 +98,6 @@ class Programs:
 
     Attributes:
         settings: block size 1 and the drafter's own sizes; a call with drafts replaces the block size.
-        costs: what a round costs, by shape, block size and manner of sampling; known after `measure`.
     """
 
     def __init__(self, settings: DecodeSettings, ladders: Ladders, layout: Layout | None = None) -> None:
@@ -146,7 +109,6 @@ class Programs:
         self._layout = layout
         self.settings = settings
         self.ladders = ladders
-        self.costs: dict[tuple[Shape, int, Manner], RoundCost] = {}
         self._params: ModelParams | None = None
         self._compiled: dict[tuple, Any] = {}
 
@@ -294,55 +256,9 @@ class Programs:
             self._compiled[futures.pop(future)] = future.result()
         report(len(self._compiled), total)
 
-    def measure(self, is_stopped: Callable[[], bool]) -> None:
-        """Time a round of every shape, block size and manner of sampling, all rows running.
-
-        A round is timed in calls of as many rounds as serving makes: what a call costs by itself is shared by them. All
-        are timed in turns, so that a slow moment of a shared machine does not hit all times of one; the fastest counts,
-        which noise changes least. Returns early where `is_stopped`.
-        """
-        sizes, shapes = self.ladders.block_sizes, self.ladders.shapes
-        round_s, draft_s = defaultdict[tuple, list[float]](list), defaultdict[tuple, list[float]](list)
-        for _, shape, manner in itertools.product(range(1 + _TIMED_ROUNDS), shapes, _SAMPLING):
-            if is_stopped():
-                return
-            state = self._running_slots(shape, _SAMPLING[manner])
-            all_rows = np.ones(shape.rows, bool)
-            for size in sizes:
-                key = shape, size, manner
-                num_rounds = self.count_call_rounds(round_s[key][-1]) if round_s[key] else 1
-                began = time.perf_counter()
-                if size > 1:
-                    jax.block_until_ready(self._compiled["draft", shape, size](self._params, state))
-                drafted_at = time.perf_counter()
-                state, result = self.run(state, shape, size, ~all_rows, all_rows, num_rounds, False)
-                jax.block_until_ready(result)
-                call_s = time.perf_counter() - drafted_at
-                draft_s[key].append(drafted_at - began)
-                round_s[key].append(call_s / max(int(np.max(result.num_rounds)), 1))
-        for key in itertools.product(shapes, sizes, _SAMPLING):
-            seconds = min(round_s[key][1:])
-            share = min(min(draft_s[key][1:]) / seconds, 1.0) if key[1] > 1 else 0.0
-            self.costs[key] = RoundCost(seconds, share)
-
-    def count_call_rounds(self, round_s: float) -> int:
-        """Return the rounds of a call: as many as fit `CALL_S`, at least one, within the engine's limit."""
-        return max(1, min(self.ladders.max_rounds, int(CALL_S / round_s)))
-
-    def _running_slots(self, shape: Shape, sampling: SamplingConfig) -> SlotState:
-        """Return slots that all run, with room for the rounds that are timed."""
-        state = self.init_slots(shape)
-        room = shape.positions - self.ladders.margin
-        decode = state.decode.replace(
-            committed_len=np.full(shape.rows, min(16, room - 1), np.int32),
-            limit_len=np.full(shape.rows, room, np.int32),
-            is_done=np.zeros(shape.rows, bool),
-            sampling=state.decode.sampling.replace(
-                temperature=np.full(shape.rows, sampling.temperature, np.float32),
-                top_p=np.full(shape.rows, sampling.top_p, np.float32),
-            ),
-        )
-        return state.replace(decode=decode)
+    def draft_only(self, state: SlotState, shape: Shape, block_size: int) -> Any:
+        """See `decoding.slots.draft_only`."""
+        return self._compiled["draft", shape, block_size](self._params, state)
 
     def run(
         self,

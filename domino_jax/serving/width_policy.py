@@ -59,7 +59,6 @@ class WidthPolicy:
         self._between_s: dict[Hashable, float] = {}
         self._excess_s: dict[tuple[Hashable, int], dict[int, float]] = {}
         self._num_calls: Counter[tuple[Hashable, int, int]] = Counter()
-        self._round_s: dict[Hashable, Mapping[int, float]] = {}
         self._num_choices = 0
         self._last = max(self._num_drafts)
         self._has_chosen = True
@@ -84,7 +83,6 @@ class WidthPolicy:
         others run.
         """
         sizes = [size for size in round_s if size == 1 or num_drafted > 0]
-        self._round_s[shape] = round_s
 
         def tokens_per_s(block_size: int, num_rounds: int) -> float:
             return self._promise(shape, round_s[block_size], block_size, num_rounds, num_drafted, num_plain, has_free)
@@ -173,21 +171,21 @@ class WidthPolicy:
             if other in self.prompt_s and self._has_chosen:
                 self.prompt_s[other] += _DRIFT * (each_s - self.prompt_s[other])
 
-    def observe_call(self, shape: Hashable, block_size: int, num_rounds: int, call_s: float) -> None:
-        """Learn from the seconds that a call took.
+    def observe_call(self, shape: Hashable, block_size: int, num_rounds: int, round_s: float, call_s: float) -> None:
+        """Learn from the seconds that a call took, whose rounds took `round_s` each at warm-up.
 
         A machine that others use is slower for a while, whatever is run: seconds are divided by how much slower than
         usual it is now, so that a slow moment does not speak against what was used in it.
         """
-        round_s = num_rounds * self._round_s[shape][block_size]
+        warm_s = num_rounds * round_s
         before_s = self.excess_s(shape, block_size, num_rounds)
         # Few calls have a length that is only tried: their mean is one of equals at first.
         count = self._num_calls[shape, block_size, num_rounds] = self._num_calls[shape, block_size, num_rounds] + 1
         if count > _CALLS_TO_KNOW:
-            usual = call_s / max(round_s + before_s, round_s / 10)
+            usual = call_s / max(warm_s + before_s, warm_s / 10)
             self.slowness += _SLOWNESS_RATE * (usual - self.slowness)
         self.slowness += _SLOWNESS_FORGETTING * (1.0 - self.slowness)
-        excess_s = call_s / self.slowness - round_s
+        excess_s = call_s / self.slowness - warm_s
         own = self._excess_s.setdefault((shape, block_size), {})
         own[num_rounds] = before_s + max(_CALL_RATE, 1 / (count + 1)) * (excess_s - before_s)
         if not self._has_chosen:

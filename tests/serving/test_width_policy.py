@@ -20,9 +20,8 @@ def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
 
 
 def observe_calls(policy, costs, size, excess_s, repeats=300, num_rounds=1):
-    policy.choose("a shape", costs, ONE_ROUND, 1, 0, True)
     for _ in range(repeats):
-        policy.observe_call("a shape", size, num_rounds, num_rounds * costs[size] + excess_s)
+        policy.observe_call("a shape", size, num_rounds, costs[size], num_rounds * costs[size] + excess_s)
 
 
 def test_expected_tokens_follow_the_drafts_that_survive():
@@ -207,7 +206,7 @@ def test_calls_of_other_lengths_are_tried_now_and_then_and_taken_where_they_are_
         _, num_rounds = policy.choose("a shape", costs, at_most, 4, 0, True)
         chosen.append(num_rounds)
         # A round takes 2.5 and not the 4 of warm-up, a call 3: 5.5 for one round, 8 for two, 10.5 for three.
-        policy.observe_call("a shape", 6, num_rounds, 3.0 + 2.5 * num_rounds)
+        policy.observe_call("a shape", 6, num_rounds, 4.0, 3.0 + 2.5 * num_rounds)
     assert set(chosen[:8]) == {1}
     assert sum(n == 2 for n in chosen[-320:]) >= 290
     assert {1, 2, 3} == set(chosen[-320:])
@@ -225,7 +224,7 @@ def test_a_slow_moment_of_the_machine_does_not_speak_against_what_was_used_in_it
     for slowness in [1.0] * 50 + [1.4] * 150 + [1.0] * 100:
         # 4 + 1 rounds of 5.7 against 20 + 1 of 1.5.
         assert choose(policy, costs, ONE_ROUND, 4, 0) == 6
-        policy.observe_call("a shape", 6, 1, 5.7 * slowness)
+        policy.observe_call("a shape", 6, 1, 5.2, 5.7 * slowness)
         policy.observe_between("a shape", 6, 2.0 * slowness, 1, True)
     assert policy.slowness == pytest.approx(1.0, abs=0.03)
     policy.observe_end(20_000)  # sequences without end: rounds alone count, 5.7 for 5 tokens against 1.5 for each
