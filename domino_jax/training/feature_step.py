@@ -24,8 +24,8 @@ def make_feature_step(
 ) -> Callable[..., tuple[Array, Array | None]]:
     """Return the jitted `feature_step(target_params, input_ids) -> (features, last_hidden)` in `feature_dtype`.
 
-    `target_params` have their layers stacked (`models.stacked_target.stack_params`). Attention is causal: what pads a row
-    on the right does not reach its tokens. `last_hidden` is None unless asked for.
+    `target_params` have their layers stacked (`models.stacked_target.stack_params`). Attention is causal: what pads a
+    row on the right does not reach its tokens. `last_hidden` is None unless asked for.
     """
     run_target = partial(run_stacked, target_config, capture_layers, with_hidden, jnp.dtype(target_dtype))
 
