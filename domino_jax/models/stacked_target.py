@@ -5,6 +5,7 @@ has its layers one by one instead (`Qwen3.forward_cached`): a loop would copy th
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,11 @@ def stack_params(params: Params) -> Params:
     return outer | {STACKED: stack_layers(layers, jnp.stack)}
 
 
-def split_layers(params: Params) -> tuple[dict[str, Array], list[dict[str, Array]]]:
-    """Return copies of the mappings: what is outside the layers, and the layers from the first to the last."""
+def split_layers(params: Params) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return copies of the mappings: what is outside the layers, and the layers from the first to the last.
+
+    Leaves may be arrays or shapes.
+    """
     names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name[7:]))
     return {name: leaf for name, leaf in params.items() if name not in names}, [dict(params[name]) for name in names]
 
