@@ -73,7 +73,10 @@ def run_stacked(
     def run_layer(carry: tuple[Array, Array], at: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
         x, streams = carry
         number, place = at
-        weights = {name: jax.lax.dynamic_index_in_dim(w, number, keepdims=False) for name, w in params[STACKED].items()}
+        weights = {
+            name: jax.lax.dynamic_index_in_dim(w, number, keepdims=False, allow_negative_indices=False)
+            for name, w in params[STACKED].items()
+        }
         x = layer.apply({"params": weights}, x, positions, method=DecoderLayer.run_causal)
         streams = jax.lax.dynamic_update_index_in_dim(streams, x, place, axis=0)
         return (x, constrain(streams, "streams")), None
