@@ -1,13 +1,12 @@
 """Fill the table of what trains where: one row a target and topology, compiled ahead of time for devices not here.
 
-    python benchmarks/plan_table.py --targets qwen3-8b --topologies v6e:4x4 --layers 10 --rows DATE/rows.jsonl
+    python benchmarks/plan_table.py --targets qwen3-8b --topologies v6e:4x4 --rows DATE/rows.jsonl
     python benchmarks/plan_table.py --targets qwen3-8b --topologies h100:8 --serving --rows DATE/serving.jsonl
     python benchmarks/plan_table.py --rows DATE/rows.jsonl --page docs/scaling.md
 
 The first form adds rows: settings of configs/qwen3.py, one sequence a group of devices at a time, and of all meshes the
 one that exchanges least and whose step fits. TPUs need the `libtpu` package, GPUs JAX's CUDA plugin; a row of either
-may be made on its own. `--layers N` compiles N of the target's layers: it only runs forward, layer after layer, so its
-temporaries are those of the deepest layer alone; weights, moments and operations are always those of the whole target.
+may be made on its own.
 `--no-compile` writes what follows from shapes. `--serving` writes how many slots of some lengths `serve.py` takes
 there, from shapes, both models split over as many devices as divide their heads. `--page` writes the rows into the
 page, between its markers.
@@ -34,9 +33,7 @@ from domino_jax.runs.plan import (
     fill_groups,
     format_mesh_flags,
     list_meshes,
-    trace_step,
 )
-from domino_jax.runs.program_costs import count_flops
 from domino_jax.runs.server import ServerOptions
 from domino_jax.runs.serving_plan import plan_serving
 from domino_jax.runs.topologies import GIB, TopologyError, find_topology
@@ -51,18 +48,14 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=sorted(PUBLIC_TARGETS), default=[])
     parser.add_argument("--topologies", nargs="+", default=[], help="v5e:4x4, v6e:4x4, v5p:2x2x1, h100:8, ...")
-    parser.add_argument("--layers", type=int, default=0, help="target layers to compile, at least 10; 0: all")
     parser.add_argument("--serving", action="store_true", help="slots of a server, not steps of a training")
     parser.add_argument("--no-compile", action="store_true", help="shapes alone")
     parser.add_argument("--rows", type=Path, required=True, help="JSONL to add to and to read")
     parser.add_argument("--page", type=Path, help="page to write the table into")
-    args = parser.parse_args(argv)
-    if args.layers and args.layers < 10:
-        parser.error(f"--layers is {args.layers}; five features need 10 layers or more")
-    return args
+    return parser.parse_args(argv)
 
 
-def make_rows(name: str, topology_name: str, num_layers: int, is_compiled: bool) -> list[dict]:
+def make_rows(name: str, topology_name: str, is_compiled: bool) -> list[dict]:
     """Return the rows of one target on one topology: those that were tried, the last one the one to take."""
     topology = find_topology(topology_name)
     target = PUBLIC_TARGETS[name]
@@ -91,11 +84,10 @@ def make_rows(name: str, topology_name: str, num_layers: int, is_compiled: bool)
             "usable_bytes": usable,
             "device_bytes": topology.kind.memory_bytes,
             "default_bytes": topology.kind.default_bytes,
-            "target_layers": target.num_hidden_layers,
             "jax": jax.__version__,
         }
         if is_compiled and held <= usable:
-            row |= compile_row(run, target, draft, layout, num_layers)
+            row |= compile_row(run, target, draft, layout)
             row["total_bytes"] = held + row["rest_bytes"] + row["temporary_bytes"] + row["code_bytes"]
             row["fits"] = row["total_bytes"] <= usable
         rows.append(row)
@@ -104,27 +96,19 @@ def make_rows(name: str, topology_name: str, num_layers: int, is_compiled: bool)
     return rows
 
 
-def compile_row(run, target, draft, layout, num_layers: int) -> dict:
-    """Return what the compiler says of a step, of all layers of the target or the first `num_layers`.
-
-    `rest_bytes` is the batch, less weights of layers after the last one that is read: the compiler drops them.
-    """
-    compiled_target, compiled_draft = target, draft
-    if num_layers:
-        compiled_target = replace(target, num_hidden_layers=num_layers)
-        compiled_draft = run.draft.resolve(compiled_target, 0)
+def compile_row(run, target, draft, layout) -> dict:
+    """Return what the compiler says of a step; `rest_bytes` is the batch, beside what is held."""
     began = time.perf_counter()
-    flops = count_flops(trace_step(run, target, draft, layout).jaxpr)
-    row = {"compiled_layers": compiled_target.num_hidden_layers, "flops": flops}
     try:
-        step = compile_step(run, compiled_target, compiled_draft, layout)
+        step = compile_step(run, target, draft, layout)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         said = str(error).strip().splitlines()[0]
-        return row | {"refusal": said, "temporary_bytes": sys.maxsize, "rest_bytes": 0, "code_bytes": 0}
-    held = sum(count_held_bytes(run, compiled_target, compiled_draft, layout))
-    return row | {
+        return {"refusal": said, "temporary_bytes": sys.maxsize, "rest_bytes": 0, "code_bytes": 0}
+    held = sum(count_held_bytes(run, target, draft, layout))
+    return {
+        "flops": step.flops,
         "rest_bytes": step.argument_bytes - held + step.output_bytes,
         "temporary_bytes": step.temporary_bytes,
         "code_bytes": step.code_bytes,
@@ -205,8 +189,7 @@ def format_work(row: dict) -> str:
         return "too much"
     if "temporary_bytes" not in row:
         return "?"
-    depth = "" if row["compiled_layers"] == row["target_layers"] else "*"
-    return f"{(row['temporary_bytes'] + row['code_bytes']) / GIB:.1f}{depth}"
+    return f"{(row['temporary_bytes'] + row['code_bytes']) / GIB:.1f}"
 
 
 def format_verdict(row: dict) -> str:
@@ -238,7 +221,7 @@ def main() -> None:
                 if args.serving:
                     rows = make_serving_rows(name, topology)
                 else:
-                    rows = make_rows(name, topology, args.layers, not args.no_compile)
+                    rows = make_rows(name, topology, not args.no_compile)
             except TopologyError as error:
                 raise SystemExit(f"plan_table: {error}") from error
             with args.rows.open("a", encoding="utf-8") as file:

@@ -32,9 +32,13 @@ MEASURED_S, MEASURED_LENGTH, MEASURED_ANCHORS = 0.327, 3072, 512
 BUCKET = 1024
 """Width that a sample of mean length is padded to in configs/qwen3.py."""
 
+WRITTEN_GRADIENT_BYTES = 2
+"""Bytes a weight that groups of devices sum in a micro-step as the step is written: one sum (the published objective
+has one denominator) of gradients of weights that were cast to bfloat16."""
+
 COMPILED_GRADIENT_BYTES = 2_404_880_360 / 1.10e9
-"""All-reduced bytes a weight and step that XLA made for Qwen3-8B on 8 x H100; the source asks for two float32 sums in
-every micro-step. Source: benchmarks/2026-11-26-plans/rows.jsonl."""
+"""All-reduced bytes a weight and step that XLA made for Qwen3-8B on 8 x H100: it moves the sum behind the loop over
+micro-steps. Source: benchmarks/2026-11-26-plans/rows.jsonl."""
 
 CHIPS = (8, 64, 512)
 BATCH = 512
@@ -216,7 +220,7 @@ def format_parts(target: TargetConfig, args: argparse.Namespace) -> str:
         rate = fleet.kind.flops_per_s * measured_share()
         compute = (work.target_flops + work.draft_flops) / rate
         for chips in CHIPS:
-            gradients = reduce_seconds(fleet, chips, 2 * 4 * work.draft_params)
+            gradients = reduce_seconds(fleet, chips, WRITTEN_GRADIENT_BYTES * work.draft_params)
             once = reduce_seconds(fleet, chips, COMPILED_GRADIENT_BYTES * work.draft_params) * chips / BATCH
             gathers = gather_seconds(fleet, chips, 2 * work.target_params + 4 * work.draft_params)
             read = chips * args.length * work.feature_bytes_a_token / (work.draft_flops / rate)

@@ -38,11 +38,12 @@ from domino_jax.data.chat_template import load_tokenizer
 from domino_jax.data.pipeline import ChatSource, pad_batch
 from domino_jax.models import draft_backbone
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.ops.attention import attend, attend_blocks
 from domino_jax.records import ChatRow
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.runs.draft import resolve_draft
-from domino_jax.runs.target_model import TargetModel
+from domino_jax.runs.target_model import HeldWeights, TargetModel
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,10 +108,10 @@ def run_setting(name: str, run: Path, data: Path, widths: tuple[int, ...]) -> Se
     target, params = load_target(path, "float32")
     tokenizer = load_tokenizer(path)
     source = ChatSource(str(data), tokenizer, config.data, target.vocab_size)
-    draft = resolve_draft(config, TargetModel(path, target, params, tokenizer))
+    draft = resolve_draft(config, TargetModel(path, target, HeldWeights(params), tokenizer))
     widths = (*(widths or config.data.bucket_widths or config.corpus.bucket_widths), config.data.max_length)
     rows = [source[i] for i in range(len(source))]
-    return Setting(name, target, params, draft, config.objective, rows, widths, config.data.batch_size)
+    return Setting(name, target, stack_params(params), draft, config.objective, rows, widths, config.data.batch_size)
 
 
 def large_setting(widths: tuple[int, ...]) -> Setting:
@@ -139,7 +140,7 @@ def large_setting(widths: tuple[int, ...]) -> Setting:
     ]
     params = jax.jit(init_target_params, static_argnums=0)(target, jax.random.key(0))
     objective = ObjectiveConfig(num_anchors=128)
-    return Setting("large", target, params, draft, objective, rows, (*(widths or (256, 512)), 1024), 2)
+    return Setting("large", target, stack_params(params), draft, objective, rows, (*(widths or (256, 512)), 1024), 2)
 
 
 @dataclass

@@ -41,13 +41,20 @@ _MESH_AXES = {"batch": DATA, "heads": MODEL, "kv_heads": MODEL, "mlp": MODEL, "v
 _FSDP_AXES = {"width": DATA, "state": DATA, "rank": DATA}
 """Further ones of parameters and moments under fsdp."""
 
+_LAYER: list[tuple[str, _Axes]] = [
+    ("q_proj", ("width", "heads")),
+    ("[kv]_proj", ("width", "kv_heads")),
+    ("o_proj", ("heads", "width")),
+    ("(?:gate|up)_proj", ("width", "mlp")),
+    ("down_proj", ("mlp", "width")),
+    ("[a-z_]*norm", (None,)),
+]
+"""Tensor of a layer -> logical axes."""
+
 _PARAMETERS: list[tuple[str, _Axes]] = [
     ("embed_tokens|lm_head", ("vocab", "width")),
-    (r"layers_\d+/q_proj", ("width", "heads")),
-    (r"layers_\d+/[kv]_proj", ("width", "kv_heads")),
-    (r"layers_\d+/o_proj", ("heads", "width")),
-    (r"layers_\d+/(gate|up)_proj", ("width", "mlp")),
-    (r"layers_\d+/down_proj", ("mlp", "width")),
+    *((rf"layers_\d+/{name}", axes) for name, axes in _LAYER),
+    *((f"layers/{name}", (None, *axes)) for name, axes in _LAYER),  # stacked
     (r"[a-z_]*norm", (None,)),
     ("backbone/fc", ("features", "width")),
     # The GRU is whole on every device: split, each step of the rollout would need a collective for its state alone.
@@ -82,6 +89,7 @@ _STATES: list[tuple[str, _Axes]] = [
 
 _ACTIVATIONS: dict[str, _Axes] = {
     "states": ("batch", ..., None),
+    "streams": (None, "batch", ..., None),
     "logits": ("batch", ..., "vocab"),
     "heads": ("batch", ..., "heads", None),
     "kv_heads": ("batch", ..., "kv_heads", None),

@@ -132,16 +132,15 @@ def train_and_judge(
     batches, _, _ = build_dataset("", target.tokenizer, config.data, vocab_size, config.seed, source=source)
     state = start_state(config, draft, target)
     step = build_train_step(config, target.config, draft, num_steps)
-    frozen = {name: target.params[name] for name in ("embed_tokens", "lm_head") if name in target.params}
     began = time.perf_counter()
     for _ in range(num_steps):
         inputs = split_batch(next(batches), config.data.micro_steps)
         if config.objective.match == "none":
             inputs = inputs.replace(last_hidden=None)
-        state, metrics = step(state, frozen, inputs)
+        state, metrics = step(state, target.weights.vocabulary(), inputs)
     metrics = jax.device_get(metrics)
     train_s = time.perf_counter() - began
-    decoder = Decoder(target.config, target.params, draft, state.params)
+    decoder = Decoder(target.config, target.weights.by_layer(), draft, state.params)
     result = {
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
         "train_s": train_s,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig, TargetConfig
-from domino_jax.ops.attention import apply_rope
+from domino_jax.ops.attention import apply_rope, attend_causal
 from domino_jax.ops.products import multiply
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import constrain, gather_parameter
@@ -82,6 +82,12 @@ class DecoderLayer(nn.Module):
         keys = constrain(multiply(states, self._weight("k_proj")).reshape(shape), "kv_heads")
         values = constrain(multiply(states, self._weight("v_proj")).reshape(shape), "kv_heads")
         return apply_rope(rms_norm(keys, self.k_norm, self.rms_norm_eps), positions, self.rope_theta), values
+
+    def run_causal(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return the layer's output on whole sequences, every token seeing those up to itself."""
+        normed = self.normed_input(x)
+        mixed = attend_causal(self.queries(normed, positions), *self.keys_values(normed, positions))
+        return self.finish(x, mixed)
 
     def finish(self, x: Float[Array, "*batch T D"], mixed: Float[Array, "*batch T N H"]) -> Float[Array, "..."]:
         """Return the layer's output `[..., T, D]` from its input and the attention's result."""

@@ -1,7 +1,8 @@
 """The target: a dense Qwen3 decoder that returns hidden states and captured context features.
 
-One forward serves training and scoring (`__call__`, whole sequences, no cache) and prefill, verification and plain
-decoding (`forward_cached`). The vocabulary projection is a separate method, so that a prefill pays for one position.
+One forward runs whole sequences without a cache (`__call__`; that of a frozen target is in `stacked_target`), one is
+for prefill, verification and plain decoding (`forward_cached`). The vocabulary projection is a separate method, so that
+a prefill pays for one position.
 
 Source: Hugging Face `Qwen3ForCausalLM`; features as in Domino, arXiv 2605.29707 (residual stream after a layer).
 """
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
-from domino_jax.ops.attention import attend, attend_causal
+from domino_jax.ops.attention import attend
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.ops.products import einsum_in_float32
 from domino_jax.ops.vocabulary import look_up
@@ -78,9 +79,7 @@ class Qwen3(nn.Module):
         x = self.embed(token_ids)
         captured = {}
         for i, layer in enumerate(self.layers):
-            normed = layer.normed_input(x)
-            mixed = attend_causal(layer.queries(normed, positions), *layer.keys_values(normed, positions))
-            x = layer.finish(x, mixed)
+            x = layer.run_causal(x, positions)
             captured[i] = x
         return self._output(x, captured, None)
 

@@ -180,7 +180,7 @@ class _Training:
             return None
         target = self.target
         decoder = Decoder(
-            target.config, target.params, self.draft, state.params, self.config.target.dtype, target.layout
+            target.config, target.weights.by_layer(), self.draft, state.params, self.config.target.dtype, target.layout
         )
         values = measure_tau(decoder, self.held_out, _EVAL_BATCH)
         self.monitor.log("held_out", step, values)
@@ -279,7 +279,7 @@ def start_state(config: RunConfig, draft: DraftConfig, target: TargetModel) -> T
     """
     key, params = jax.random.key(config.seed), None
     if config.draft.initial_weights == "target":
-        params = start_from_target(init_draft_params(draft, key), draft, target.config, target.params)
+        params = start_from_target(init_draft_params(draft, key), draft, target.config, target.weights.by_layer())
     return create_train_state(draft, config.optimizer, key, params, target.layout)
 
 
@@ -309,7 +309,8 @@ def _restore(run: _Training) -> TrainState:
 
 def _run_steps(run: _Training, state: TrainState) -> TrainState:
     train = run.config.train
-    layout = run.target.layout
+    layout, weights = run.target.layout, run.target.weights
+    find_frozen = weights.vocabulary if run.config.data.feature_cache else weights.stacked
     train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps, layout)
     first = int(state.step)
     skips, steps = _SkipWatch(run), dict[int, Callable[..., tuple[TrainState, dict]]]()
@@ -324,8 +325,8 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
                 width = batch.input_ids.shape[1]
                 is_new = width not in steps
                 if is_new:
-                    steps[width] = compile_together(train_step, state, run.target.params, inputs)
-                state, metrics = steps[width](state, run.target.params, inputs)
+                    steps[width] = compile_together(train_step, state, find_frozen(), inputs)
+                state, metrics = steps[width](state, find_frozen(), inputs)
             if is_new:  # the call returned when the step was compiled; its work goes on
                 compile_s = time.perf_counter() - called
                 run.monitor.say(f"step {step}: compiled for batches padded to {width} tokens in {compile_s:.1f} s")

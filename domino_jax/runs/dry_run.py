@@ -26,6 +26,7 @@ from domino_jax.data.stdlib_chats import build_chats
 from domino_jax.data.tokenizer import train_tokenizer
 from domino_jax.durable import find_room, format_bytes
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.records import ChatRow, TrainBatch
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import (
@@ -39,7 +40,7 @@ from domino_jax.runs.embedded import embedded_target_config, read_corpus_chats
 from domino_jax.runs.features import choose_feature_shape
 from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
-from domino_jax.runs.target_model import TargetModel
+from domino_jax.runs.target_model import HeldWeights, TargetModel
 from domino_jax.runs.training_run import check_run, find_target, warn_of_mismatches
 from domino_jax.sharding import activate, count_device_bytes, find_layout
 from domino_jax.training.step import TrainState, create_train_state
@@ -120,10 +121,13 @@ def _prepare(config: RunConfig, folder: RunFolder, monitor: RunMonitor) -> _Rehe
     else:
         path = find_target(config, folder)
         target_config = read_target_config(path)[0]
-        target = TargetModel(path, target_config, _target_shapes(config, target_config), load_tokenizer(path))
+        target = TargetModel(
+            path, target_config, HeldWeights(_target_shapes(config, target_config)), load_tokenizer(path)
+        )
         monitor.say(f"target: {path}")
     layout = find_layout(config.mesh)
-    target = replace(target, layout=layout, params=layout.abstract(target.params) if layout else target.params)
+    if layout:
+        target = replace(target, layout=layout, weights=HeldWeights(layout.abstract(target.weights.by_layer())))
     draft = resolve_draft(config, target)
     if config.corpus and chats:
         batch, examples, num_steps, num_tokens = _imagine_data(config, config.corpus, target, chats, monitor)
@@ -146,7 +150,7 @@ def _imagine_target(config: RunConfig, corpus: CorpusConfig, chats: list[Message
     texts = (message["content"] for messages in chats for message in messages)
     tokenizer = train_tokenizer(texts, corpus.vocab_size, corpus.max_length)
     target_config = embedded_target_config(corpus, len(tokenizer))
-    return TargetModel("", target_config, _target_shapes(config, target_config), tokenizer)
+    return TargetModel("", target_config, HeldWeights(_target_shapes(config, target_config)), tokenizer)
 
 
 def _target_shapes(config: RunConfig, target_config: Any) -> Any:
@@ -239,7 +243,7 @@ def _num_bytes(tree: Any) -> int:
 
 def _parameter_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
     params = rehearsal.state.params
-    lines = [("target (frozen)", f"{_count(rehearsal.target.params):,}")]
+    lines = [("target (frozen)", f"{_count(rehearsal.target.weights.by_layer()):,}")]
     lines += [(f"drafter: {name}", f"{_count(params[name]):,}") for name in params]
     return [*lines, ("trained in all", f"{_count(params):,}"), ("optimizer steps", f"{rehearsal.num_steps:,}")]
 
@@ -253,7 +257,9 @@ def _disk_lines(rehearsal: _Rehearsal) -> list[tuple[str, str]]:
     ]
     if rehearsal.config.corpus:
         # A checkpoint holds float32 weights and two moments; two lie beside the next one while that is written.
-        parts.append(("embedded target and its checkpoints", (1 + 3 * 3) * 4 * _count(rehearsal.target.params)))
+        parts.append(
+            ("embedded target and its checkpoints", (1 + 3 * 3) * 4 * _count(rehearsal.target.weights.by_layer()))
+        )
     existing, free = find_room(rehearsal.folder.root)
     return [
         *((name, format_bytes(size)) for name, size in parts),
@@ -284,7 +290,7 @@ def _memory_lines(rehearsal: _Rehearsal, compiled: Any) -> list[tuple[str, str]]
     drafter = count_device_bytes(rehearsal.state.params)
     logits = num_blocks * draft.num_draft_tokens() * target.vocab_size * 4 // num_model
     lines = [
-        ("target's weights", format_bytes(count_device_bytes(rehearsal.target.params))),
+        ("target's weights", format_bytes(count_device_bytes(rehearsal.target.weights.by_layer()))),
         ("drafter's weights (float32)", format_bytes(drafter)),
         ("optimizer moments", format_bytes(count_device_bytes(rehearsal.state.opt_state))),
         ("gradients", format_bytes(drafter)),
@@ -349,7 +355,9 @@ def _compile(rehearsal: _Rehearsal) -> tuple[Any, float]:
     inputs = split_batch(rehearsal.batch, config.data.micro_steps, target.layout)
     began = time.perf_counter()
     with activate(target.layout):
-        compiled = train_step.lower(rehearsal.state, target.params, inputs).compile()
+        frozen = jax.eval_shape(stack_params, target.weights.by_layer())
+        frozen = target.layout.abstract(frozen) if target.layout else frozen
+        compiled = train_step.lower(rehearsal.state, frozen, inputs).compile()
     return compiled, time.perf_counter() - began
 
 
@@ -362,11 +370,12 @@ def _execute(rehearsal: _Rehearsal, compiled: Any) -> str:
         params = target.layout.place(params) if target.layout else params
     else:
         params = load_target(target.path, config.target.dtype, target.layout)[1]
-    target = replace(target, params=params)
+    target = replace(target, weights=HeldWeights(params))
+    del params
     state = start_state(config, rehearsal.draft, target)
     inputs = split_batch(rehearsal.batch, config.data.micro_steps, target.layout)
     began = time.perf_counter()
-    _, metrics = jax.block_until_ready(compiled(state, target.params, inputs))
+    _, metrics = jax.block_until_ready(compiled(state, target.weights.stacked(), inputs))
     step_s = time.perf_counter() - began
     said = (
         f"one train step on the first batch ({int(rehearsal.batch.lengths.sum())} tokens): {step_s:.2f} s, "

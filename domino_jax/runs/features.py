@@ -294,7 +294,7 @@ class _FeatureForward:
         self, config: RunConfig, draft: DraftConfig, target: TargetModel, cache: FeatureCache, chats: ChatSource
     ) -> None:
         self.cache = cache
-        self._chats, self._params, self._layout = chats, target.params, target.layout
+        self._chats, self._weights, self._layout = chats, target.weights, target.layout
         self._rows_per_forward, self._max_length = (
             config.data.batch_size // config.data.micro_steps,
             config.data.max_length,
@@ -347,7 +347,7 @@ class _FeatureForward:
         input_ids[: len(chosen)] = pad_batch([rows[place] for place in chosen], width).input_ids
         placed = self._layout.place({"tokens": input_ids})["tokens"] if self._layout else input_ids
         with activate(self._layout):
-            features, last_hidden = self._step(self._params, placed)
+            features, last_hidden = self._step(self._weights.stacked(), placed)
         features, last_hidden = np.asarray(features), None if last_hidden is None else np.asarray(last_hidden)
         for number, place in enumerate(chosen):
             length = len(rows[place].ids)

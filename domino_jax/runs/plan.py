@@ -18,6 +18,7 @@ from domino_jax.checkpoints.huggingface import CONFIG_FILE, check_draft_fits, re
 from domino_jax.config import ConfigError, DraftConfig, TargetConfig, require
 from domino_jax.durable import format_bytes
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.draft import build_train_step
 from domino_jax.runs.embedded import embedded_target_config
@@ -249,7 +250,7 @@ def fill_groups(config: RunConfig, layout: Layout) -> tuple[RunConfig, tuple[str
 
 @cache
 def _target_shapes(config: RunConfig, target: TargetConfig) -> Any:
-    shapes = jax.eval_shape(partial(init_target_params, target), jax.random.key(0))
+    shapes = jax.eval_shape(lambda: stack_params(init_target_params(target, jax.random.key(0))))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(config.target.dtype)), shapes)
 
 

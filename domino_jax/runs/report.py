@@ -128,7 +128,9 @@ def write_report(
         write_text(path, _join([f"# Run {config.name}", "No held-out chats: nothing was decoded.", *_images(plots)]))
         return None
     draft = load_draft(str(folder.best_draft), "float32", target.layout)
-    decoder = Decoder(target.config, target.params, draft.config, draft.params, config.target.dtype, target.layout)
+    decoder = Decoder(
+        target.config, target.weights.by_layer(), draft.config, draft.params, config.target.dtype, target.layout
+    )
     chats = read_corpus_chats(folder.eval_chats) if config.corpus else []
     chats = [chats[line_no - 1] for line_no in held_out.line_nos] if chats else []
     subject = _Subject(config, folder, target, decoder, held_out, chats, monitor)

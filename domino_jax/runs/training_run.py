@@ -33,7 +33,7 @@ from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
-from domino_jax.runs.target_model import TargetModel
+from domino_jax.runs.target_model import HeldWeights, TargetModel
 from domino_jax.runs.wandb_log import WandbLog, load_wandb
 from domino_jax.sharding import check_sizes, find_layout
 from domino_jax.training.draft_init import check_start
@@ -196,7 +196,7 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     layout = find_layout(config.mesh)
     check_sizes(layout, read_target_config(path)[0])
     target_config, params = load_target(path, config.target.dtype, layout)
-    return TargetModel(path, target_config, params, load_tokenizer(path), layout)
+    return TargetModel(path, target_config, HeldWeights(params), load_tokenizer(path), layout)
 
 
 def find_target(config: RunConfig, folder: RunFolder) -> str:
@@ -244,7 +244,7 @@ def _answer_prompts(
         writer = describe_directory(folder.target, target.tokenizer)
         made_from = describe_job(writer, folder.train_chats, prompts, settings, config.target.dtype)
         write_text(settings_path(folder.responses), json.dumps(made_from, indent=2) + "\n")
-    decoder = Decoder(target.config, target.params, dtype=config.target.dtype, layout=target.layout)
+    decoder = Decoder(target.config, target.weights.by_layer(), dtype=config.target.dtype, layout=target.layout)
     stop_ids = find_stop_ids(target.tokenizer, target.path)
     counts = regenerate(decoder, target.tokenizer, stop_ids, prompts, folder.responses, settings, monitor)
     monitor.say(f"responses: {counts.summary()}")

@@ -20,7 +20,8 @@ import optax
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.models.domino_head import init_draft_params
-from domino_jax.models.qwen3 import Qwen3, head_weight
+from domino_jax.models.qwen3 import head_weight
+from domino_jax.models.stacked_target import run_stacked
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.shapes import Array, Params
@@ -179,7 +180,9 @@ def _make_micro_loss(
     target_dtype: str,
 ) -> Callable[..., LossSums]:
     """Return the sums of one micro-step as a function of the drafter's parameters and the batch."""
-    target = Qwen3(target_config, draft_config.target_layer_ids, jnp.dtype(target_dtype))
+    run_target = partial(
+        run_stacked, target_config, draft_config.target_layer_ids, objective.match != "none", jnp.dtype(target_dtype)
+    )
 
     def micro_loss(params: Params, target_params: Params, key: Array, numbers: Array, inputs: StepInputs) -> LossSums:
         is_token = jnp.arange(inputs.input_ids.shape[1]) < inputs.lengths[:, None]
@@ -187,8 +190,7 @@ def _make_micro_loss(
         anchor_pos, keep_mask = _draw_anchors(key, numbers, loss_mask, objective.num_anchors)
         features, last_hidden = inputs.features, inputs.last_hidden
         if features is None:
-            output = target.apply({"params": target_params}, inputs.input_ids)
-            features, last_hidden = output.features, output.hidden
+            features, last_hidden = run_target(target_params, inputs.input_ids)
         elif last_hidden is not None:
             last_hidden = last_hidden.astype(target_dtype)  # the head is multiplied in the type it would have online
         return block_losses(
@@ -273,9 +275,10 @@ def make_train_step(
     """Return the jitted `train_step(state, target_params, inputs: StepInputs) -> (state, metrics)`.
 
     The result does not depend on how a batch is split into micro-steps. `num_steps` is the length of the run, which
-    both schedules span. The state is donated: the one passed in is gone. Of `target_params` only the embedding and the
-    output head are read where the inputs hold features. A batch without an anchor changes nothing but the step count,
-    one whose loss or gradient is not finite the count of skipped updates too.
+    both schedules span. The state is donated: the one passed in is gone. `target_params` have their layers stacked
+    (`models.stacked_target.stack_params`); where the inputs hold features, embedding and output head are enough. A
+    batch without an anchor changes nothing but the step count, one whose loss or gradient is not finite the count of
+    skipped updates too.
 
     With a layout it is called, or lowered, where `sharding.activate(layout)` holds, on trees that `layout.place` (or
     `abstract`) returned; the state keeps its place.

@@ -8,13 +8,13 @@ import pytest
 from domino_jax.checkpoints.huggingface import read_target_config
 from domino_jax.data.chat_template import load_tokenizer
 from domino_jax.runs.provenance import describe_directory, describe_tokenizer, find_mismatches, settings_path
-from domino_jax.runs.target_model import TargetModel
+from domino_jax.runs.target_model import HeldWeights, TargetModel
 
 
 @pytest.fixture(scope="module")
 def target(material):
     path = str(material / "target")
-    return TargetModel(path, read_target_config(path)[0], {}, load_tokenizer(path))
+    return TargetModel(path, read_target_config(path)[0], HeldWeights({}), load_tokenizer(path))
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_name_in_the_config_counts(find, material, target, tmp_path):
     shutil.copytree(material / "target", tmp_path / "mine")
     config = tmp_path / "mine" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"_name_or_path": "Qwen/Qwen3-8B"}))
-    mine = TargetModel(str(tmp_path / "mine"), target.config, {}, target.tokenizer)
+    mine = TargetModel(str(tmp_path / "mine"), target.config, HeldWeights({}), target.tokenizer)
     find({"kind": "endpoint", "model": "Qwen3-8B"})
     assert find_mismatches(tmp_path / "train.jsonl", mine, mine.path, False) == []
 

@@ -9,6 +9,7 @@ import pytest
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import MeshConfig, ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import build_layout
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step
@@ -53,8 +54,9 @@ def learn_texts(num_steps=150):
     optimizer = OptimizerConfig(learning_rate=1e-2)
     step = make_train_step(target, draft, ObjectiveConfig(num_anchors=24), optimizer, num_steps)
     state = create_train_state(draft, optimizer, jax.random.key(0), draft_params)
+    stacked = stack_params(target_params)
     for _ in range(num_steps):
-        state, _ = step(state, target_params, inputs)
+        state, _ = step(state, stacked, inputs)
     return jax.tree.map(np.asarray, state.params)
 
 

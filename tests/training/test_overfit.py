@@ -16,6 +16,7 @@ from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.metrics import tau_over_rounds
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step
 
@@ -86,9 +87,9 @@ def test_a_text_learned_by_heart_is_accepted_block_by_block(target, tmp_path, ob
     step = make_train_step(
         config, draft_config, ObjectiveConfig(**({"num_anchors": NUM_NEW} | objective)), settings, STEPS
     )
-    state = create_train_state(draft_config, settings, jax.random.key(0))
+    state, stacked = create_train_state(draft_config, settings, jax.random.key(0)), stack_params(params)
     for _ in range(STEPS):
-        state, _ = step(state, params, inputs)
+        state, _ = step(state, stacked, inputs)
     save_draft(str(tmp_path), draft_config, state.params)
     loaded = load_draft(str(tmp_path), "float32")
     decoder = Decoder(config, params, loaded.config, jax.tree.map(jnp.asarray, loaded.params))

@@ -12,6 +12,7 @@ VOCAB, LENGTH = 48, 32
 class Pair(NamedTuple):
     target: object
     draft: object
+    by_layer: dict
     params: dict
 
     def __hash__(self):
@@ -23,6 +24,7 @@ def pair():
     """A tiny random target with its sizes, and the sizes of a drafter for it."""
     from domino_jax.config import DraftConfig, TargetConfig
     from domino_jax.models.qwen3 import init_target_params
+    from domino_jax.models.stacked_target import stack_params
 
     sizes = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 64}
     target = TargetConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, **sizes)
@@ -42,7 +44,7 @@ def pair():
     )
     fresh = jax.jit(init_target_params, static_argnums=0)(target, jax.random.key(5))
     params = jax.tree.map(lambda p: 8 * p if p.ndim > 1 else p, fresh)
-    return Pair(target, draft, params)
+    return Pair(target, draft, params, stack_params(params))
 
 
 def make_batch(seed, sequences=4):
@@ -69,7 +71,7 @@ def make_step(pair, num_steps=20, dtype="float32", **objective):
     from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
     from domino_jax.training.step import create_train_state, make_train_step
 
-    target, draft, _ = pair
+    target, draft = pair.target, pair.draft
     settings = ObjectiveConfig(**({"num_anchors": 6, "head_chunk": 5, "loss_decay_gamma": 4.0} | objective))
     # A large epsilon-free Adam step turns rounding of tiny gradients into visible updates; a moderate rate does not.
     optimizer = OptimizerConfig(learning_rate=1e-3, warmup_ratio=0.0, weight_decay=0.01)
@@ -89,7 +91,7 @@ def test_micro_steps_do_not_change_the_result(pair):
     for micro_steps in (1, 4):
         state = create()
         for seed in range(3):
-            state, metrics = step(state, pair[2], split_batch(make_batch(seed), micro_steps))
+            state, metrics = step(state, pair.params, split_batch(make_batch(seed), micro_steps))
         results[micro_steps] = state, metrics
     for a, b in zip(jax.tree.leaves(results[1][0].params), jax.tree.leaves(results[4][0].params), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
@@ -99,7 +101,7 @@ def test_micro_steps_do_not_change_the_result(pair):
 
 def test_micro_steps_do_not_change_parts_with_their_own_denominators(pair):
     step, create = make_step(pair, base_support="accepted", match="lk-hybrid", base_weight_start=0.5)
-    results = [step(create(), pair[2], split_batch(make_batch(0), m))[1] for m in (1, 4)]
+    results = [step(create(), pair.params, split_batch(make_batch(0), m))[1] for m in (1, 4)]
     for name, value in results[0].items():
         np.testing.assert_allclose(value, results[1][name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert float(results[0]["match_loss"]) > 0
@@ -112,7 +114,7 @@ def test_features_computed_before_give_the_same_step(pair, match):
     step, create = default_step(pair) if match == "none" else make_step(pair, match=match)
     inputs = split_batch(make_batch(0), 4)
     output = Qwen3(pair.target, pair.draft.target_layer_ids).apply(
-        {"params": pair.params}, jnp.asarray(inputs.input_ids.reshape(-1, LENGTH))
+        {"params": pair.by_layer}, jnp.asarray(inputs.input_ids.reshape(-1, LENGTH))
     )
     shape = (*inputs.input_ids.shape, -1)
     cached = inputs.replace(features=output.features.reshape(shape), last_hidden=output.hidden.reshape(shape))
@@ -126,12 +128,8 @@ def test_features_computed_before_give_the_same_step(pair, match):
 def test_an_update_that_is_not_finite_is_skipped_and_counted(pair, bad):
     step, create = default_step(pair)
     inputs = split_batch(make_batch(0), 4)
-    broken = {
-        **pair.params,
-        "norm": pair.params["norm"],
-        "layers_1": jax.tree.map(lambda p: p, pair.params["layers_1"]),
-    }
-    broken["layers_1"]["input_layernorm"] = broken["layers_1"]["input_layernorm"] * bad
+    norms = pair.params["layers"]["input_layernorm"]
+    broken = pair.params | {"layers": pair.params["layers"] | {"input_layernorm": norms.at[1].multiply(bad)}}
     state, _ = step(create(), pair.params, inputs)
     before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
     in_row = []
@@ -172,7 +170,7 @@ def test_same_state_and_batch_give_identical_bits(pair):
     for _ in range(2):
         state = create()
         for seed in range(2):
-            state, metrics = step(state, pair[2], split_batch(make_batch(seed), 4))
+            state, metrics = step(state, pair.params, split_batch(make_batch(seed), 4))
         runs.append((state, metrics))
     assert_trees_equal(*runs)
     assert int(runs[0][0].step) == 2
@@ -186,19 +184,19 @@ def test_a_copied_state_goes_on_as_the_first_would(pair):
         if number == 2:
             saved = jax.tree.map(np.asarray, jax.device_get(state))
             saved = jax.tree.map(np.copy, saved)
-        state, _ = step(state, pair[2], batch)
+        state, _ = step(state, pair.params, batch)
     resumed = jax.tree.map(jnp.asarray, saved)
     for batch in batches[2:]:
-        resumed, _ = step(resumed, pair[2], batch)
+        resumed, _ = step(resumed, pair.params, batch)
     assert_trees_equal(state, resumed)
 
 
 def test_a_batch_without_anchors_updates_nothing(pair):
     step, create = default_step(pair)
-    state, _ = step(create(), pair[2], split_batch(make_batch(0), 4))
+    state, _ = step(create(), pair.params, split_batch(make_batch(0), 4))
     before = jax.tree.map(lambda x: np.array(x, copy=True), (state.params, state.opt_state))
     inputs = split_batch(make_batch(1), 4)
-    state, metrics = step(state, pair[2], inputs.replace(loss_mask=np.zeros_like(inputs.loss_mask)))
+    state, metrics = step(state, pair.params, inputs.replace(loss_mask=np.zeros_like(inputs.loss_mask)))
     assert_trees_equal((state.params, state.opt_state), before)
     assert int(state.step) == 2
     assert float(metrics["loss_weight"]) == 0
@@ -214,7 +212,7 @@ def test_what_lies_in_padding_changes_nothing(pair):
     for filler, filler_mask in ((0, 0.0), (7, 1.0)):
         batch = np.where(is_padding, filler, ids), np.where(is_padding, filler_mask, loss_mask), lengths
         batch = batch[0].astype(np.int32), batch[1].astype(np.float32), lengths
-        results.append(step(create(), pair[2], split_batch(batch, 4)))
+        results.append(step(create(), pair.params, split_batch(batch, 4)))
     assert_trees_equal(*results)
     assert np.isfinite(results[0][1]["loss"])
 
@@ -224,8 +222,8 @@ def test_the_width_rows_are_padded_to_changes_nothing(pair):
     step, create = default_step(pair)
     ids, loss_mask, lengths = make_batch(0)
     wider = ((0, 0), (0, 21))
-    narrow = step(create(), pair[2], split_batch((ids, loss_mask, lengths), 4))[1]
-    wide = step(create(), pair[2], split_batch((np.pad(ids, wider), np.pad(loss_mask, wider), lengths), 4))[1]
+    narrow = step(create(), pair.params, split_batch((ids, loss_mask, lengths), 4))[1]
+    wide = step(create(), pair.params, split_batch((np.pad(ids, wider), np.pad(loss_mask, wider), lengths), 4))[1]
     for name, value in narrow.items():
         np.testing.assert_allclose(value, wide[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert float(narrow["num_blocks"]) > 0
@@ -235,7 +233,7 @@ def test_schedules_count_optimizer_steps(pair):
     step, create = default_step(pair)
     state, base_weights = create(), []
     for seed in range(4):
-        state, metrics = step(state, pair[2], split_batch(make_batch(seed), 4))
+        state, metrics = step(state, pair.params, split_batch(make_batch(seed), 4))
         base_weights.append(float(metrics["base_weight"]))
     np.testing.assert_allclose(base_weights, [1, 19 / 20, 18 / 20, 17 / 20], atol=1e-7)
 

@@ -14,6 +14,7 @@ from domino_jax.config import SamplingConfig
 from domino_jax.decoding.generate import init_state
 from domino_jax.decoding.speculative import backbone_block, choose_block, decode_speculative
 from domino_jax.decoding.state import DecodeSettings, ModelParams
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import activate
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step
@@ -92,7 +93,7 @@ def test_a_train_step_sums_gradients_once_and_gathers_no_logits(mesh):
     state = jax.eval_shape(functools.partial(create_train_state, drafter, optimizer), jax.random.key(0))
     ids = jax.ShapeDtypeStruct((2, 4, 32), jnp.int32)
     inputs = StepInputs(ids, jax.ShapeDtypeStruct(ids.shape, jnp.float32), jax.ShapeDtypeStruct((2, 4), jnp.int32))
-    trees = (state, jax.eval_shape(lambda: target_params), inputs)
+    trees = (state, jax.eval_shape(lambda: stack_params(target_params)), inputs)
     with activate(layout):
         program = step.lower(*map(layout.abstract, trees)).compile().as_text()
     found = find_collectives(program)

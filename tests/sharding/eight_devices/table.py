@@ -16,6 +16,7 @@ from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import MeshConfig, OptimizerConfig
+from domino_jax.runs.target_model import HeldWeights
 from domino_jax.sharding import build_layout, check_sizes, find_layout
 from domino_jax.training.step import StepInputs, create_train_state, pad_sequences
 from tests.sharding.small_pair import make_batch, make_layout, make_pair
@@ -80,6 +81,18 @@ def test_a_device_holds_its_share():
     state = jax.eval_shape(lambda: create_train_state(DRAFT, OptimizerConfig(), jax.random.key(0)))
     whole = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     assert bytes_on_a_device(make_layout(8, 1, True).abstract(state)) / whole < 1 / 8 + 0.001
+
+
+def test_stacked_layers_lie_where_each_of_them_lies():
+    layout, (_, target_params, _, _) = make_layout(2, 4, True), make_pair()
+    held = HeldWeights(layout.place(target_params))
+    for tree in (held.stacked(), held.by_layer()):
+        for leaf, wanted in zip(jax.tree.leaves(tree), jax.tree.leaves(layout.shardings(tree)), strict=True):
+            assert leaf.sharding.spec == wanted.spec
+    assert held.stacked()["layers"]["q_proj"].sharding.spec == P(None, "data", "model")
+    assert held.stacked()["layers"]["down_proj"].sharding.spec == P(None, "model", "data")
+    assert held.stacked()["layers"]["q_norm"].sharding.spec == P(None, None)
+    jax.tree.map(np.testing.assert_array_equal, held.by_layer(), target_params)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import activate
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step, pad_sequences
@@ -33,7 +34,8 @@ def train(layout, sequences, micro_steps, kind, objective=None):
     settings = ObjectiveConfig(**(PLAIN | (objective or {})))
     step = make_train_step(target, draft, settings, optimizer, NUM_STEPS, layout=layout)
     state = create_train_state(draft, optimizer, jax.random.key(0), draft_params, layout)
-    target_params = layout.place(target_params) if layout else target_params
+    frozen = stack_params(target_params)
+    frozen = layout.place(frozen) if layout else frozen
     losses = []
     for number in range(NUM_STEPS):
         batch = make_batch(number, sequences)
@@ -41,7 +43,7 @@ def train(layout, sequences, micro_steps, kind, objective=None):
         if layout:
             inputs = layout.place(pad_sequences(inputs, layout.num_data))
         with activate(layout):
-            state, metrics = step(state, target_params, inputs)
+            state, metrics = step(state, frozen, inputs)
         losses.append([float(metrics[name]) for name in ("loss", "corrected_loss", "base_loss", "accept_len")])
     return np.array(losses), state
 
