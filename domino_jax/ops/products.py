@@ -39,6 +39,44 @@ def _einsum_backward(subscripts: str, factors: tuple[Array, Array], gradient: Ar
 einsum_in_float32.defvjp(_einsum_forward, _einsum_backward)
 
 
+@jax.custom_vjp
+def multiply_turned(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
+    """Return `x @ weight.T` with float32 sums and a float32 result; gradients as in `einsum_in_float32`.
+
+    On CPUs the weight is the product's left factor: XLA would otherwise turn and pack all of it for a few rows, which
+    takes longer than the product.
+    """
+    if not 1 < x.size // x.shape[-1] or not jax.sharding.get_abstract_mesh().empty:
+        return jnp.einsum(_TURNED, x, weight, preferred_element_type=jnp.float32)
+    return _multiply_turned_rows(x, weight)
+
+
+_TURNED = "...i,oi->...o"
+
+
+@jax.jit
+def _multiply_turned_rows(x: Array, weight: Array) -> Array:
+    default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(x, weight, cpu=_multiply_from_left, default=default)
+
+
+def _multiply_from_left(x: Array, weight: Array) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    if num_rows <= 16:  # kernels of 4, 8 and 16 columns: one of them without a rest is quicker than two
+        rows = jnp.pad(rows, ((0, -num_rows % (4 if num_rows <= 8 else 8)), (0, 0)))
+    # Without barriers XLA sees that the turned product of turned factors is the product it started from.
+    columns = jnp.matmul(weight, jax.lax.optimization_barrier(rows.T), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(columns)[:, :num_rows].T.reshape(*x.shape[:-1], -1)
+
+
+def _turned_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return multiply_turned(x, weight), (x, weight)
+
+
+multiply_turned.defvjp(_turned_forward, partial(_einsum_backward, _TURNED))
+
+
 def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
     """Return `x @ weight`.
 
