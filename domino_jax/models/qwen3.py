@@ -15,7 +15,7 @@ from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
-from domino_jax.ops.products import einsum_in_float32
+from domino_jax.ops.products import multiply_turned
 from domino_jax.ops.vocabulary import look_up
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.sharding import constrain, gather_parameter
@@ -39,7 +39,7 @@ class TargetOutput:
 def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits; shared by the target and by every drafter that borrows its head."""
     weight = gather_parameter(head.astype(hidden.dtype), "lm_head")
-    return constrain(einsum_in_float32("...d,vd->...v", hidden, weight), "logits")
+    return constrain(multiply_turned(hidden, weight), "logits")
 
 
 def embed_tokens(

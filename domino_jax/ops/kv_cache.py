@@ -59,14 +59,30 @@ def write_layer(
     values = jnp.where(jnp.isfinite(values), values, 0)
     new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)
     new_values = values.transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
-    written_keys = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at)))(
-        cache.keys[layer], new_keys, start
-    )
-    written_values = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))(
-        cache.values[layer], new_values, start
-    )
+    written_keys = _write_rows(cache.keys[layer], new_keys, start, axis=2)
+    written_values = _write_rows(cache.values[layer], new_values, start, axis=1)
     written_keys, written_values = constrain(written_keys, "cache"), constrain(written_values, "cache")
     return KVCache(
         keys=cache.keys[:layer] + (written_keys,) + cache.keys[layer + 1 :],
         values=cache.values[:layer] + (written_values,) + cache.values[layer + 1 :],
     )
+
+
+def _write_rows(old: Array, new: Array, start: Int[Array, " B"], axis: int) -> Array:
+    """Return `old` with `new` written at each row's own `start` along an axis of a row."""
+
+    def write(row: Array, entries: Array, at: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(row, entries, at, axis)
+
+    def write_all(old: Array, new: Array, start: Array) -> Array:
+        return jax.vmap(write)(old, new, start)
+
+    if new.shape[0] > 1 or new.shape[axis + 1] > 1 or not jax.sharding.get_abstract_mesh().empty:
+        return write_all(old, new, start)
+
+    # XLA's CPU backend fuses the write of a single position with the reshape before the score product, does it twice
+    # and copies the whole cache four times a step. It fuses nothing across a branch.
+    def write_in_branch(old: Array, new: Array, start: Array) -> Array:
+        return jax.lax.cond(start[0] >= 0, write_all, lambda old, *_: old, old, new, start)
+
+    return jax.lax.platform_dependent(old, new, start, cpu=write_in_branch, default=write_all)

@@ -13,6 +13,9 @@ from domino_jax.shapes import Array, Float
 _PADDED_ROWS = 16
 """Rows of the smallest tile of a matrix unit."""
 
+_NUM_PARTS = 4
+"""Parts that a CPU cuts the product of a single row into."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum_in_float32(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -36,20 +39,68 @@ def _einsum_backward(subscripts: str, factors: tuple[Array, Array], gradient: Ar
 einsum_in_float32.defvjp(_einsum_forward, _einsum_backward)
 
 
+@jax.custom_vjp
+def multiply_turned(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
+    """Return `x @ weight.T` with float32 sums and a float32 result; gradients as in `einsum_in_float32`.
+
+    On CPUs the weight is the product's left factor: XLA would otherwise turn and pack all of it for a few rows, which
+    takes longer than the product.
+    """
+    if not 1 < x.size // x.shape[-1] or not jax.sharding.get_abstract_mesh().empty:
+        return jnp.einsum(_TURNED, x, weight, preferred_element_type=jnp.float32)
+    return _multiply_turned_rows(x, weight)
+
+
+_TURNED = "...i,oi->...o"
+
+
+@jax.jit
+def _multiply_turned_rows(x: Array, weight: Array) -> Array:
+    default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(x, weight, cpu=_multiply_from_left, default=default)
+
+
+def _multiply_from_left(x: Array, weight: Array) -> Array:
+    rows = x.reshape(-1, x.shape[-1])
+    num_rows = rows.shape[0]
+    if num_rows <= 16:  # kernels of 4, 8 and 16 columns: one of them without a rest is quicker than two
+        rows = jnp.pad(rows, ((0, -num_rows % (4 if num_rows <= 8 else 8)), (0, 0)))
+    # Without barriers XLA sees that the turned product of turned factors is the product it started from.
+    columns = jnp.matmul(weight, jax.lax.optimization_barrier(rows.T), preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(columns)[:, :num_rows].T.reshape(*x.shape[:-1], -1)
+
+
+def _turned_forward(x: Array, weight: Array) -> tuple[Array, tuple[Array, Array]]:
+    return multiply_turned(x, weight), (x, weight)
+
+
+multiply_turned.defvjp(_turned_forward, partial(_einsum_backward, _TURNED))
+
+
 def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
     """Return `x @ weight`.
 
     On NVIDIA GPUs a single row is padded to a tile of the matrix unit: XLA would make a reduction over columns of the
-    product, which reads the weight at little more than half of the memory's rate (measured on an H100).
+    product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs it is
+    multiplied part by part: XLA's threads would otherwise share the weight by columns, and each reads short pieces.
     """
     return x @ weight if x.size > x.shape[-1] else _multiply_row(x, weight)
 
 
 @jax.jit
 def _multiply_row(x: Array, weight: Array) -> Array:
-    return jax.lax.platform_dependent(x, weight, cuda=_multiply_padded, default=jnp.matmul)
+    # Of a weight that devices share the parts may lie on several of them.
+    is_whole = jax.sharding.get_abstract_mesh().empty and weight.shape[0] % _NUM_PARTS == 0
+    by_parts = {"cpu": _multiply_in_parts} if is_whole else {}
+    return jax.lax.platform_dependent(x, weight, cuda=_multiply_padded, default=jnp.matmul, **by_parts)
 
 
 def _multiply_padded(x: Array, weight: Array) -> Array:
     rows = jnp.pad(x.reshape(1, -1), ((0, _PADDED_ROWS - 1), (0, 0)))
     return (rows @ weight)[:1].reshape(*x.shape[:-1], -1)
+
+
+def _multiply_in_parts(x: Array, weight: Array) -> Array:
+    parts = weight.reshape(_NUM_PARTS, -1, weight.shape[-1])
+    products = jnp.einsum("pi,pio->po", x.reshape(_NUM_PARTS, -1), parts, preferred_element_type=jnp.float32)
+    return jnp.sum(products, axis=0).astype(x.dtype).reshape(*x.shape[:-1], -1)
