@@ -22,6 +22,7 @@ from domino_jax.checkpoints.config_json import (
     write_draft_config,
     write_target_config,
 )
+from domino_jax.checkpoints.gathered_tensors import Read, write_gathered
 from domino_jax.checkpoints.placed_tensors import TensorName, iterate_placed
 from domino_jax.checkpoints.safetensors_io import (
     MAX_SHARD_BYTES,
@@ -202,8 +203,11 @@ def save_target(
 ) -> None:
     """Write a target so that `transformers` loads it; `extra_config` adds fields such as `eos_token_id`.
 
+    All processes call it; the first writes.
+
     Raises:
         CheckpointError: the parameters do not fit the config, or a value does not fit `dtype`.
+        ProcessError: the first process could not write.
     """
     raw = write_target_config(config, dtype, extra_config)
     _write_params(Path(directory), target_table(config), params, raw, dtype, max_shard_bytes)
@@ -221,6 +225,8 @@ def save_draft(
 ) -> None:
     """Write a drafter; fields of `raw_config` that this package does not know are kept.
 
+    All processes call it; the first writes, and gathers one tensor at a time (`gathered_tensors`).
+
     Args:
         layout: who is to load it, one of `serving_layouts.LAYOUTS`.
         verifier: the target's hub id or directory, for layout `speculators`.
@@ -228,6 +234,7 @@ def save_draft(
     Raises:
         CheckpointError: the parameters do not fit the config, a value does not fit `dtype`, or the layout cannot hold
             the drafter.
+        ProcessError: the first process could not write.
     """
     raw = arrange_config(layout, config, dtype, write_draft_config(config, dtype, raw_config), verifier)
     _write_params(Path(directory), draft_table(config), params, raw, dtype, max_shard_bytes)
@@ -295,19 +302,22 @@ def _write_params(
     if problems:
         raise CheckpointError("the parameters do not fit the config:\n  " + "\n  ".join(problems))
 
-    def read(name: str) -> np.ndarray:
-        leaf = leaves[rows[name].path]
-        array = np.asarray(leaf.T if rows[name].is_turned else leaf)
-        if array.dtype == float_type:
-            return array
-        converted = np.empty(array.shape, float_type)
-        cast(array, name, converted)
-        return converted
+    def write(fetch: Read) -> None:
+        def read(name: str) -> np.ndarray:
+            array = fetch(name)
+            if array.dtype == float_type:
+                return array
+            converted = np.empty(array.shape, float_type)
+            cast(array, name, converted)
+            return converted
 
-    directory.mkdir(parents=True, exist_ok=True)
-    write_tensors(directory, {n: r.shape for n, r in rows.items()}, read, dtype, max_shard_bytes)
-    write_json(directory / CONFIG_FILE, raw)
-    flush(directory.parent)
+        directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(directory, {n: r.shape for n, r in rows.items()}, read, dtype, max_shard_bytes)
+        write_json(directory / CONFIG_FILE, raw)
+        flush(directory.parent)
+
+    arrays = {name: leaves[row.path] for name, row in rows.items()}
+    write_gathered(arrays, {name for name, row in rows.items() if row.is_turned}, write)
 
 
 def is_draft_config(raw: Mapping[str, Any]) -> bool:

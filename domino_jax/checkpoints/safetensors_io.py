@@ -265,7 +265,8 @@ def write_tensors(
 ) -> None:
     """Write tensors of one type into `directory`, in shards with an index when they exceed `max_shard_bytes`.
 
-    `read` is asked for one tensor at a time. Weight files of an earlier save that are not part of this one are removed.
+    `read` is asked for one tensor at a time, in the order of names. Weight files of an earlier save that are not part
+    of this one are removed.
 
     Raises:
         CheckpointError: `dtype` is not supported, or `read` returns another shape or type than announced.
@@ -318,3 +319,4 @@ def _write_file(path: Path, shapes: dict[str, tuple[int, ...]], read: Callable[[
                     f"{name} is {array.dtype}{list(array.shape)} while {path.name} announces {dtype}{list(shape)}"
                 )
             file.write(array.view(np.uint8).data if array.size else b"")
+            del array  # before the next one is read

@@ -26,7 +26,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from domino_jax.data.pipeline import ChatSource
 from domino_jax.durable import flush, hold_lock, move, write_atomically
 from domino_jax.records import ChatRow
 
@@ -348,82 +347,6 @@ class FeatureCache:
 
     def _damaged(self, shard: int, reason: str, is_whole_shard: bool) -> DamagedShardError:
         return DamagedShardError(self.path(shard), shard, reason, is_whole_shard)
-
-
-class FeatureSource:
-    """Rows of a cache under the numbers that `ChatSource` gives them, for `pipeline.build_dataset`.
-
-    Nothing is ever trained on a damaged record. With `rebuild` its shard is computed again on the spot. Without, the
-    row keeps its place and its tokens but teaches nothing (loss mask 0): order and steps stay those of the whole data,
-    and a saved position stays valid.
-
-    Attributes:
-        index: of the rows, lost ones included.
-    """
-
-    def __init__(
-        self,
-        chats: ChatSource,
-        cache: FeatureCache,
-        with_hidden: bool,
-        lost_shards: Iterable[int],
-        rebuild: Callable[[int], None] | None,
-        say: Callable[[str], None],
-    ) -> None:
-        """Read rows from `cache`; those of `lost_shards` are known to be lost."""
-        self.index = chats.index
-        self._chats, self._cache, self._with_hidden = chats, cache, with_hidden
-        self._lost_shards, self._lost_rows = set(lost_shards), set[int]()
-        self._rebuild, self._say = rebuild, say
-
-    def __len__(self) -> int:
-        """Return the number of usable rows, lost ones included."""
-        return len(self._chats)
-
-    def __getitem__(self, row: int) -> ChatRow:
-        """Return a row with its features, or without anything to learn where they are lost.
-
-        Raises:
-            FeatureCacheError: a shard that was computed again is damaged again, or cannot be written.
-        """
-        if row in self._lost_rows or self._cache.shard_of(row) in self._lost_shards:
-            return self._blank(row)
-        try:
-            return self._strip(self._cache.read(row))
-        except DamagedShardError as damage:
-            if self._rebuild is None:
-                self._count_lost(row, damage)
-                return self._blank(row)
-            self._say(f"{damage}; computing this shard again")
-            self._rebuild(damage.shard)
-        try:
-            return self._strip(self._cache.read(row))
-        except DamagedShardError as damage:
-            raise FeatureCacheError(
-                f"{damage}, right after it was written again: the disk may be failing. Give another "
-                "--config.data.feature_cache; training goes on from its last checkpoint"
-            ) from damage
-
-    def _strip(self, chat: ChatRow) -> ChatRow:
-        if self._with_hidden or chat.last_hidden is None:
-            return chat
-        return ChatRow(chat.ids, chat.loss_mask, chat.line_no, chat.features)
-
-    def _count_lost(self, row: int, damage: DamagedShardError) -> None:
-        if damage.is_whole_shard:
-            self._lost_shards.add(damage.shard)
-            num_lost = len(self._cache.rows_of(damage.shard))
-        else:
-            self._lost_rows.add(row)
-            num_lost = 1
-        self._say(f"{damage}; {num_lost} of {len(self)} rows are skipped from now on")
-
-    def _blank(self, row: int) -> ChatRow:
-        chat, shape = self._chats[row], self._cache.shape
-        dtype, num_tokens = FEATURE_TYPES[shape.dtype], len(chat.ids)
-        features = np.zeros((num_tokens, shape.feature_width), dtype)
-        last_hidden = np.zeros((num_tokens, shape.hidden_width), dtype) if self._with_hidden else None
-        return ChatRow(chat.ids, [0] * num_tokens, chat.line_no, features, last_hidden)
 
 
 def check_array_record() -> None:

@@ -60,7 +60,7 @@ class RowIndex:
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Random access to usable rows; what `build_dataset` shuffles and batches."""
+    """Usable rows by number; what `build_dataset` shuffles and batches."""
 
     index: RowIndex
 
@@ -68,8 +68,8 @@ class RowSource(Protocol):
         """Return the number of usable rows."""
         ...
 
-    def __getitem__(self, row: int) -> ChatRow:
-        """Return one row."""
+    def read(self, rows: Sequence[int]) -> list[ChatRow]:
+        """Return the rows of a batch that this process holds; of several processes each calls it for every batch."""
         ...
 
 
@@ -111,6 +111,14 @@ class ChatSource:
             raise ResponsesError(f"{self._path} cannot be read any more: {error.strerror}") from error
         ids, loss_mask, _ = self._tokenise(RawRow(line_no, 0, content))
         return ChatRow(ids, loss_mask, line_no)
+
+    def read(self, rows: Sequence[int]) -> list[ChatRow]:
+        """Read and tokenise some rows.
+
+        Raises:
+            RowError: as for one row.
+        """
+        return [self[row] for row in rows]
 
     def _check_rows(self, report: RowReport) -> RowIndex:
         index = RowIndex(report)
@@ -283,8 +291,8 @@ class _OneWidthPlan(Sequence[PlannedBatch]):
 
 def _read_batch(source: RowSource, batch: PlannedBatch, places: Sequence[int] | None) -> TrainBatch:
     if places is None:
-        return pad_batch([source[row] for row in batch.rows.tolist()], batch.width)
-    part = pad_batch([source[row] for row in batch.rows[list(places)].tolist()], batch.width)
+        return pad_batch(source.read(batch.rows.tolist()), batch.width)
+    part = pad_batch(source.read(batch.rows[list(places)].tolist()), batch.width)
     rows, index = batch.rows.tolist(), source.index
     line_nos = np.array([index.line_nos[row] for row in rows], np.int64)
     return replace(part, line_nos=line_nos, num_tokens=sum(index.lengths[row] for row in rows))

@@ -8,7 +8,6 @@ A run that is stopped (SIGINT, SIGTERM) saves first; started again it goes on fr
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from domino_jax.data.pipeline import BatchIterator, ChatSource, RowIndex, RowSou
 from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.decoding.generate import Decoder
 from domino_jax.models.domino_head import init_draft_params
-from domino_jax.processes import is_first, on_first
+from domino_jax.processes import is_first
 from domino_jax.records import TrainBatch
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.errors import RunStopped
@@ -36,7 +35,7 @@ from domino_jax.runs.launch import check_same_settings, compile_together, is_sto
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.provenance import describe_tokenizer
 from domino_jax.runs.target_model import TargetModel
-from domino_jax.sharding import Layout, activate, check_sizes, fetch
+from domino_jax.sharding import Layout, activate, check_sizes
 from domino_jax.training.draft_init import check_start, start_from_target
 from domino_jax.training.step import StepInputs, TrainState, create_train_state, make_train_step, pad_sequences
 
@@ -427,7 +426,6 @@ def _export(run: _Training, state: TrainState) -> int:
     """Save the latest and the best drafter and return the step of the best."""
     best, chosen = run.checkpoints.restore_best(state) or (int(state.step), state)
     for directory, params in ((run.folder.latest_draft, state.params), (run.folder.best_draft, chosen.params)):
-        whole = fetch(params) if jax.process_count() > 1 else params
-        on_first(partial(save_draft, str(directory), run.draft, whole))
+        save_draft(str(directory), run.draft, params)
     run.monitor.say(f"drafters: {run.folder.best_draft} (step {best}), {run.folder.latest_draft}")
     return best

@@ -28,13 +28,14 @@ from domino_jax.data.feature_cache import (
     FeatureCache,
     FeatureCacheError,
     FeatureShape,
-    FeatureSource,
     check_array_record,
     plan_shards,
     read_index,
 )
+from domino_jax.data.feature_source import FeatureSource
 from domino_jax.data.pipeline import ChatSource, pad_batch
 from domino_jax.durable import find_room, format_bytes
+from domino_jax.processes import share
 from domino_jax.records import ChatRow
 from domino_jax.run_config import DataConfig, RunConfig
 from domino_jax.runs.errors import RunStopped, stop_requests
@@ -108,7 +109,9 @@ def open_features(
                 cache.write_shard(shard, forward.compute(shard))
 
     with_hidden = config.objective.match != "none"
-    return FeatureSource(chats, cache, with_hidden, kept, rebuild if data.damaged_shards == "rebuild" else None, say)
+    if data.damaged_shards == "rebuild":
+        return FeatureSource(chats, cache, with_hidden, kept, rebuild, say)
+    return FeatureSource(chats, cache, with_hidden, kept, None, say, share if jax.process_count() > 1 else None)
 
 
 def choose_feature_shape(config: RunConfig, draft: DraftConfig, target: TargetConfig) -> FeatureShape:

@@ -11,6 +11,7 @@ Source: `jax.distributed.initialize`; `jax.experimental.multihost_utils.reached_
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -31,12 +32,15 @@ from domino_jax.config import ConfigError, require, to_json_dict
 from domino_jax.config_flags import format_config
 from domino_jax.processes import ProcessError, check_same, is_first, on_all
 from domino_jax.run_config import RunConfig
-from domino_jax.runs.errors import explain_or_raise, stop_requests
+from domino_jax.runs.cluster import find_gaps
+from domino_jax.runs.errors import EXIT_MISTAKE, explain_or_raise, stop_requests
 
 EXIT_LOST, EXIT_BUG = 3, 1
 HEARTBEAT_TIMEOUT_S = 100
 """Seconds without a sign of life after which a process counts as dead."""
 _JOIN_TIMEOUT_S = 300
+_JAX_LATER_S = 30
+"""Seconds that jax waits longer for the others than we do."""
 _LEAVE_TIMEOUT_S = 10.0
 
 
@@ -144,23 +148,65 @@ def check_same_settings(values: Mapping[str, Any], advice: str) -> None:
 
 
 def _join(launch: Launch) -> None:
-    began = time.monotonic()
+    if launch.coordinator and launch.process_id == 0:
+        _check_port(int(launch.coordinator.rsplit(":", 1)[1]))
     known = (launch.coordinator, launch.num_processes, launch.process_id) if launch.coordinator else (None,) * 3
+    flags = "--coordinator=HOST:PORT (reachable, a free port of process 0), --num-processes and its own --process-id"
+    who = f"process {launch.process_id} of {launch.num_processes}" if launch.coordinator else "this process"
+    where = f"at {launch.coordinator}" if launch.coordinator else "that the cluster names (--distributed)"
+    advice = f"; start all processes within {_JOIN_TIMEOUT_S} s, each with {flags}"
+    alone = f"{who} could not join the others {where}"
+    began = time.monotonic()
     try:
-        jax.distributed.initialize(
-            *known, initialization_timeout=_JOIN_TIMEOUT_S, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
-        )
-    except (ValueError, RuntimeError) as error:
-        where = (
-            f"process {launch.process_id} of {launch.num_processes} could not join the others at {launch.coordinator}"
-            if launch.coordinator
-            else "the cluster did not say which processes belong to this run (--distributed)"
-        )
+        with _end_after(_JOIN_TIMEOUT_S, f"{alone} within {_JOIN_TIMEOUT_S} s{advice}"):
+            jax.distributed.initialize(
+                *known,
+                initialization_timeout=_JOIN_TIMEOUT_S + _JAX_LATER_S,
+                heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            )
+    except (KeyError, ValueError, RuntimeError) as error:  # a variable that a cluster lacks is a KeyError
+        if launch.coordinator or _is_lost(error):
+            raise ProcessError(f"{alone} ({time.monotonic() - began:.0f} s): {_first_line(error)}{advice}") from error
+        gaps = find_gaps(os.environ) or ["no TPU slice, Slurm step, Open MPI or Kubernetes job was found"]
         raise ProcessError(
-            f"{where} ({time.monotonic() - began:.0f} s): {_first_line(error)}; start all processes within "
-            f"{_JOIN_TIMEOUT_S} s, each with --coordinator=HOST:PORT (reachable, a free port of process 0), "
-            "--num-processes and its own --process-id"
+            f"the cluster does not say which processes belong to this run (--distributed; {_first_line(error)}): "
+            f"{'; '.join(gaps)}. Mend that, or give each process {flags}"
         ) from error
+
+
+def _check_port(port: int) -> None:
+    """Refuse a port that this machine cannot listen at: jax would crash (seen with 0.10.2).
+
+    Raises:
+        ProcessError: it is in use, reserved or none.
+    """
+    has_both = socket.has_dualstack_ipv6()
+    try:
+        socket.create_server(
+            ("", port), family=socket.AF_INET6 if has_both else socket.AF_INET, dualstack_ipv6=has_both
+        ).close()
+    except (OSError, OverflowError) as error:
+        raise ProcessError(
+            f"process 0 cannot listen at port {port} ({_first_line(error)}); give --coordinator a port that is free "
+            "on its machine"
+        ) from error
+
+
+@contextmanager
+def _end_after(timeout_s: float, message: str) -> Iterator[None]:
+    """End the process with a message if the block takes longer: jax would abort it, and say that another one died."""
+
+    def end() -> None:
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(EXIT_MISTAKE)
+
+    timer = threading.Timer(timeout_s, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _run_joined(config: RunConfig, run: Callable[[], None]) -> None:

@@ -13,58 +13,15 @@ import numpy as np
 import pytest
 
 from domino_jax.data.feature_cache import (
-    FEATURE_TYPES,
     INDEX_FILE,
     DamagedShardError,
     FeatureCache,
     FeatureCacheError,
     FeatureShape,
-    FeatureSource,
     plan_shards,
     read_index,
 )
-from domino_jax.data.pipeline import ChatSource
-from domino_jax.data.responses import write_chats
-from domino_jax.data.tokenizer import train_tokenizer
-from domino_jax.records import ChatRow
-from domino_jax.run_config import DataConfig
-
-LENGTHS = [5, 9, 3, 12, 7, 4, 8]
-SHAPE = FeatureShape(feature_width=6, hidden_width=2, dtype="float32")
-
-
-def make_row(row: int, length: int, shape: FeatureShape = SHAPE) -> ChatRow:
-    generator = np.random.default_rng(row)
-    dtype = FEATURE_TYPES[shape.dtype]
-
-    def draw(width: int) -> np.ndarray | None:
-        return generator.standard_normal((length, width), np.float32).astype(dtype) if width else None
-
-    ids, mask = generator.integers(0, 300, length).tolist(), (np.arange(length) > 1).astype(int).tolist()
-    return ChatRow(ids, mask, row + 1, draw(shape.feature_width), draw(shape.hidden_width))
-
-
-def make_cache(directory: Path, shape: FeatureShape = SHAPE, lengths=LENGTHS, shard_bytes=500, **identity):
-    return FeatureCache(directory, lengths, shape, {"rows": "abc"} | identity, plan_shards(lengths, shape, shard_bytes))
-
-
-def fill(cache: FeatureCache, lengths=LENGTHS) -> FeatureCache:
-    for shard in range(cache.num_shards):
-        cache.write_shard(shard, [make_row(row, lengths[row], cache.shape) for row in cache.rows_of(shard)])
-    return cache
-
-
-def assert_same(left: ChatRow, right: ChatRow) -> None:
-    assert (list(left.ids), list(left.loss_mask), left.line_no) == (
-        list(right.ids),
-        list(right.loss_mask),
-        right.line_no,
-    )
-    for name in ("features", "last_hidden"):
-        a, b = getattr(left, name), getattr(right, name)
-        assert (a is None) == (b is None)
-        if a is not None:
-            assert a.dtype == b.dtype and a.tobytes() == b.tobytes()
+from tests.data.small_cache import LENGTHS, SHAPE, assert_same, damage_file, fill, make_cache, make_row
 
 
 @pytest.mark.parametrize("shape", [SHAPE, replace(SHAPE, hidden_width=0), replace(SHAPE, dtype="bfloat16")])
@@ -97,19 +54,6 @@ def test_the_need_is_what_is_written(tmp_path, shape):
     cache.write_index({}, is_complete=True)
     need = sum(map(cache.expected_bytes, range(cache.num_shards)))
     assert need == pytest.approx(sum(path.stat().st_size for path in tmp_path.iterdir()), rel=0.02)
-
-
-def damage_file(path: Path, how: str) -> None:
-    content = bytearray(path.read_bytes())
-    if how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
-    elif how == "emptied":
-        path.write_bytes(b"")
-    elif how == "deleted":
-        path.unlink()
-    else:
-        content[400 if how == "flipped" else -(2**16) + 10] ^= 4  # a record; the block that says where records are
-        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("how", ["truncated", "emptied", "deleted", "flipped", "flipped end"])
@@ -236,91 +180,3 @@ def test_many_shards_are_not_open_at_once(tmp_path):
         assert_same(cache.read(row), make_row(row, 2))
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) - before <= 70
-
-
-class Mended:
-    """A source of chats with a cache of three shards beside it."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        chats = [
-            [{"role": "user", "content": f"q{i}"}, {"role": "assistant", "content": f"number {i}"}] for i in range(9)
-        ]
-        write_chats(tmp_path / "chats.jsonl", chats)
-        tokenizer = train_tokenizer(["what is number one of all numbers"] * 5, 300)
-        self.chats = ChatSource(str(tmp_path / "chats.jsonl"), tokenizer, DataConfig(max_length=64), 300)
-        self.lengths, self.said, self.rebuilt = list(self.chats.index.lengths), [], []
-        bytes_per_shard = 3 * max(self.lengths) * SHAPE.bytes_per_token
-        self.cache = make_cache(tmp_path / "cache", lengths=self.lengths, shard_bytes=bytes_per_shard)
-        self.cache.directory.mkdir()
-        for shard in range(self.cache.num_shards):
-            self.write(shard)
-        self.cache.close()
-
-    def write(self, shard: int) -> None:
-        self.cache.write_shard(shard, [self.row(row) for row in self.cache.rows_of(shard)])
-
-    def row(self, row: int) -> ChatRow:
-        made = make_row(row, self.lengths[row])
-        return replace(self.chats[row], features=made.features, last_hidden=made.last_hidden)
-
-    def rebuild(self, shard: int) -> None:
-        self.rebuilt.append(shard)
-        self.cache.remove(shard)
-        self.write(shard)
-
-    def source(self, with_hidden=True, lost=(), rebuild=None) -> FeatureSource:
-        return FeatureSource(self.chats, self.cache, with_hidden, lost, rebuild, self.said.append)
-
-
-@pytest.fixture
-def mended(tmp_path) -> Mended:
-    return Mended(tmp_path)
-
-
-def test_a_source_gives_the_rows_of_the_chats(mended):
-    source, bare = mended.source(), mended.source(with_hidden=False)
-    assert len(source) == 9 and source.index is mended.chats.index and mended.cache.num_shards == 3
-    for row in range(9):
-        assert_same(source[row], mended.row(row))
-        assert bare[row].last_hidden is None
-    assert mended.said == []
-
-
-@pytest.mark.parametrize("how", ["truncated", "deleted", "flipped"])
-def test_a_shard_found_damaged_while_reading_is_written_again(mended, how):
-    source = mended.source(rebuild=mended.rebuild)
-    damage_file(mended.cache.path(1), how)
-    for row in range(9):
-        assert_same(source[row], mended.row(row))
-    assert mended.rebuilt == [1]
-    assert len(mended.said) == 1 and mended.cache.path(1).name in mended.said[0]
-
-
-@pytest.mark.parametrize("how, num_lost", [("truncated", 3), ("deleted", 3), ("flipped", 1)])
-def test_or_its_rows_keep_their_place_and_teach_nothing(mended, how, num_lost):
-    source = mended.source()
-    damage_file(mended.cache.path(1), how)
-    lost = []
-    for row in [*range(9), *range(9)]:
-        chat, whole = source[row], mended.row(row)
-        assert list(chat.ids) == list(whole.ids) and chat.line_no == whole.line_no
-        if any(chat.loss_mask):
-            assert_same(chat, whole)
-        else:
-            lost.append(row)
-            assert not chat.features.any() and chat.features.shape == whole.features.shape
-            assert not chat.last_hidden.any() and chat.last_hidden.shape == whole.last_hidden.shape
-    assert len(lost) == 2 * num_lost and set(lost) <= set(mended.cache.rows_of(1))
-    assert len(mended.said) == 1 and f"{num_lost} of 9 rows are skipped from now on" in mended.said[0]
-
-
-def test_a_disk_that_damages_again_ends_the_run(mended):
-    def rebuild(shard: int) -> None:
-        mended.rebuild(shard)
-        mended.cache.close()
-        damage_file(mended.cache.path(shard), "flipped")
-
-    damage_file(mended.cache.path(2), "flipped")
-    source = mended.source(rebuild=rebuild)
-    with pytest.raises(FeatureCacheError, match="right after it was written again: the disk may be failing"):
-        [source[row] for row in range(9)]

@@ -1,12 +1,7 @@
 """One training in several processes of this machine, joined by gloo: same losses, one writer, a common end."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-from contextlib import ExitStack
 
 import jax
 import numpy as np
@@ -36,15 +31,11 @@ from domino_jax.runs.launch import EXIT_LOST, Launch, read_launch
 from domino_jax.runs.monitor import read_rows
 from domino_jax.runs.training_run import check_run, run_training
 from domino_jax.sharding import Layout, build_layout
+from tests.runs.many_processes import Processes
 
 NUM_STEPS, LOSS_TOLERANCE = 20, 1e-5
 ONE = MeshConfig()
 END_TOGETHER_S = 60.0
-CONFIG = """
-from domino_jax.run_config import *
-def get_config():
-    return {config!r}
-"""
 
 
 @pytest.fixture(scope="module")
@@ -89,61 +80,6 @@ def make_config(material, output_dir, with_eval=False, mesh=ONE, initial_weights
         ),
         mesh=mesh,
     )
-
-
-class Processes:
-    """A run of `train.py` in several processes."""
-
-    def __init__(self, repository, config, count, pace=0.0, last=()):
-        folder = os.path.dirname(config.output_dir)
-        config_file = os.path.join(folder, f"config_{time.monotonic_ns()}.py")
-        with open(config_file, "w") as file:
-            file.write(CONFIG.format(config=config))
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environment = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu", "PACE": str(pace)}
-        environment.pop("XLA_FLAGS", None)
-        command = [sys.executable, "-m", "tests.runs.paced_train", "--config", config_file]
-        command += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}"]
-        with ExitStack() as files:
-            self.said = [files.enter_context(open(f"{config_file}.{i}.log", "w+")) for i in range(count)]
-            self.files = files.pop_all()
-        self.processes = [
-            subprocess.Popen(
-                [*command, f"--process-id={number}", *(last if number == count - 1 else ())],
-                cwd=repository,
-                env=environment,
-                stdout=self.said[number],
-                stderr=subprocess.STDOUT,
-            )
-            for number in range(count)
-        ]
-
-    def wait_for(self, path):
-        """Wait until `path` is there."""
-        until = time.monotonic() + 240
-        while not path.exists():
-            assert all(process.poll() is None for process in self.processes), self.texts()
-            assert time.monotonic() < until, self.texts()
-            time.sleep(0.02)
-
-    def statuses(self, timeout=300.0):
-        """Return the exit statuses; nothing runs on when it returns or raises."""
-        until = time.monotonic() + timeout
-        try:
-            return [process.wait(max(until - time.monotonic(), 0.1)) for process in self.processes]
-        except subprocess.TimeoutExpired:
-            raise AssertionError("\n".join(self.texts())) from None
-        finally:
-            for process in self.processes:
-                process.kill()
-
-    def texts(self):
-        """Return what each process said so far."""
-        for file in self.said:
-            file.seek(0)
-        return [file.read() for file in self.said]
 
 
 @pytest.fixture(scope="module")
