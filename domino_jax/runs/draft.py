@@ -34,6 +34,7 @@ from domino_jax.runs.held_out import HeldOutPrompts, measure_tau
 from domino_jax.runs.launch import check_same_settings, compile_together, is_stop_agreed, shared_stop_requests
 from domino_jax.runs.monitor import RunMonitor, StageProgress
 from domino_jax.runs.provenance import describe_tokenizer
+from domino_jax.runs.skip_watch import SkipWatch
 from domino_jax.runs.target_model import TargetModel
 from domino_jax.sharding import Layout, activate, check_sizes
 from domino_jax.training.draft_init import check_start, start_from_target
@@ -42,10 +43,6 @@ from domino_jax.training.step import StepInputs, TrainState, create_train_state,
 STAGE = "draft"
 _EVAL_BATCH = 32
 _LACKS_TAU = "lacks_tau"
-
-
-class TrainingError(ValueError):
-    """A training that cannot go on; the message names the batch."""
 
 
 def read_held_out(
@@ -228,12 +225,7 @@ def train_draft(
     num_steps = config.train.num_steps or batches.num_batches or 0
     checkpoints = TrainCheckpoints(folder.checkpoints, config.train.keep_checkpoints, monitor.say)
     held_out = read_held_out(config, eval_path, target, config.train.eval_prompts, monitor)
-    identity = {
-        "draft": to_json_dict(draft),
-        "held_out": held_out.fingerprint() if held_out else "",
-        "target": fingerprint_target(Path(target.path)),
-        "tokenizer": describe_tokenizer(target.tokenizer),
-    }
+    identity = _identify(draft, target, held_out)
     check_same_settings(
         {"rows": index.fingerprint, "tokens": index.token_fingerprint, **identity},
         "give all processes the same target, tokenizer and data files",
@@ -312,7 +304,8 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     find_frozen = weights.vocabulary if run.config.data.feature_cache else weights.stacked
     train_step = build_train_step(run.config, run.target.config, run.draft, run.num_steps, layout)
     first = int(state.step)
-    skips, steps = _SkipWatch(run), dict[int, Callable[..., tuple[TrainState, dict]]]()
+    skips = SkipWatch(run.train_path, train.max_skipped, run.monitor)
+    steps = dict[int, Callable[..., tuple[TrainState, dict]]]()
     with shared_stop_requests() as stopped, run.monitor.stage("train the drafter", run.num_steps, first) as progress:
         began, num_tokens = time.perf_counter(), 0
         for step in range(first + 1, run.num_steps + 1):
@@ -353,6 +346,16 @@ def _run_steps(run: _Training, state: TrainState) -> TrainState:
     return state
 
 
+def _identify(draft: DraftConfig, target: TargetModel, held_out: HeldOutPrompts | None) -> dict[str, Any]:
+    """Return what must not change below a run although its configuration stays the same."""
+    return {
+        "draft": to_json_dict(draft),
+        "held_out": held_out.fingerprint() if held_out else "",
+        "target": fingerprint_target(Path(target.path)),
+        "tokenizer": describe_tokenizer(target.tokenizer),
+    }
+
+
 def split_batch(batch: TrainBatch, micro_steps: int, layout: Layout | None = None) -> StepInputs:
     """Return the arrays of a batch with a leading axis of micro-steps, placed and filled up for a layout.
 
@@ -379,42 +382,6 @@ def find_places(config: RunConfig, layout: Layout | None) -> list[int] | None:
     num_rows = config.data.batch_size // config.data.micro_steps
     held = layout.find_places(num_rows)
     return [micro_step * num_rows + place for micro_step in range(config.data.micro_steps) for place in held]
-
-
-class _SkipWatch:
-    """Says which batches gave an update that is not finite, and stops the run after too many in a row.
-
-    A step's numbers are read when the next one is under way, so that the device never waits for the host.
-    """
-
-    def __init__(self, run: _Training) -> None:
-        self._run, self._watched = run, None
-
-    def watch(self, step: int, batch: TrainBatch, metrics: dict) -> None:
-        self._watched = step, batch.line_nos, metrics
-
-    def check(self) -> None:
-        """Read what is watched.
-
-        Raises:
-            TrainingError: `train.max_skipped` updates in a row were not finite.
-        """
-        if self._watched is None:
-            return
-        (step, line_nos, metrics), self._watched = self._watched, None
-        in_row, limit = int(metrics["skipped_in_row"]), self._run.config.train.max_skipped
-        if in_row == 0:
-            return
-        lines = ", ".join(map(str, sorted(set(line_nos.tolist()))))
-        batch = f"step {step} (lines {lines} of {self._run.train_path})"
-        loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        self._run.monitor.say(f"update skipped: {batch}: loss {loss}, gradient norm {norm}; {in_row} in a row")
-        if in_row >= limit:
-            raise TrainingError(
-                f"{in_row} updates in a row were not finite, the last one at {batch}; nothing after step "
-                f"{step - in_row} was learned. Look at these rows, or start a new run with a lower "
-                "optimizer.learning_rate"
-            )
 
 
 def _log(run: _Training, progress: StageProgress, step: int, values: dict, tokens_per_s: float) -> None:

@@ -27,11 +27,12 @@ from domino_jax.evaluation.metrics import summarise
 from domino_jax.run_config import DataConfig, DraftSettings, ObjectiveConfig, RunConfig, TargetSource, TrainConfig
 from domino_jax.runs import draft as draft_module
 from domino_jax.runs import training_run as training_run_module
-from domino_jax.runs.draft import TrainingError, read_held_out, resolve_draft
+from domino_jax.runs.draft import read_held_out, resolve_draft
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
 from domino_jax.runs.folder import RunError, hold_run, open_run
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.provenance import describe_directory, settings_path
+from domino_jax.runs.skip_watch import TrainingError
 from domino_jax.runs.training_run import cache_features, load_target_model, run_training
 from domino_jax.training.step import create_train_state
 from tests.runs.late_stop import request_late
