@@ -46,7 +46,7 @@ def multiply_turned(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) ->
     On CPUs the weight is the product's left factor: XLA would otherwise turn and pack all of it for a few rows, which
     takes longer than the product.
     """
-    if not x.size // x.shape[-1] > 1 or not jax.sharding.get_abstract_mesh().empty:
+    if x.size <= x.shape[-1] or not jax.sharding.get_abstract_mesh().empty:
         return jnp.einsum(_TURNED, x, weight, preferred_element_type=jnp.float32)
     return _multiply_turned_rows(x, weight)
 

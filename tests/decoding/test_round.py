@@ -1,6 +1,7 @@
 """Invariants of a round: roll-back equals a fresh prefill, a block sees nothing at or after its anchor."""
 
 import math
+import re
 from dataclasses import replace
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 
 from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
 from domino_jax.decoding import generate
+from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import backbone_block, decode_speculative, propose_block, run_round, verify_block
 from domino_jax.decoding.state import DecodeSettings, ModelParams
@@ -155,3 +157,16 @@ def test_published_shapes(size):
     assert round(num_params / 1e8) == {"4b": 40, "8b": 82}[size]
     for tree in (filled, after):
         assert [(x.shape, x.dtype) for x in tree] == [(x.shape, x.dtype) for x in before]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's program")
+def test_plain_decoding_of_one_row_copies_no_cache():
+    decoder = make_decoder()
+    settings = replace(decoder.settings, draft=None, block_size=1)
+    state = generate.init_state(settings, [[1, 2, 3]], [8], [SamplingConfig()], [()])
+    program = decode_plain.lower(settings, ModelParams(decoder.params.target), state).compile().as_text()
+    shapes = {str(list(x.shape)).replace(" ", "") for x in jax.tree.leaves(state.target_cache)}
+    # Once a call, where the loop begins, is not once a token.
+    body = program[: program.index("\nENTRY ")]
+    copied = re.findall(r"= f32(\[[\d,]+\])\S* copy\(", body)
+    assert not shapes & set(copied)

@@ -1,0 +1,63 @@
+"""Products of few rows against numpy, and the programs that a CPU gets for them."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domino_jax.ops.products import multiply, multiply_turned
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (1, 22), (3, 24)])
+def test_multiply(shape):
+    x, weight = draw(*shape), draw(shape[-1], 10, seed=1)
+    got = jax.jit(multiply)(x, weight)
+    assert got.shape == (*shape[:-1], 10)
+    np.testing.assert_allclose(got, x @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_single_row_of_16_bit_numbers_is_summed_in_float32():
+    x = jnp.asarray(draw(1, 4096), jnp.bfloat16)
+    weight = jnp.asarray(draw(4096, 8, seed=1), jnp.bfloat16)
+    got = jax.jit(multiply)(x, weight)
+    assert got.dtype == jnp.bfloat16
+    exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64)
+    np.testing.assert_allclose(np.asarray(got, np.float64), exact, rtol=2**-8, atol=1e-2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's program")
+def test_single_row_is_multiplied_in_parts():
+    program = jax.jit(multiply).lower(draw(1, 24), draw(24, 10)).compile().as_text()
+    assert re.search(r"f32\[4,(1,)?10\]\S* dot\(", program)
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 7, 8, 9, 15, 16, 17, 40])
+def test_multiply_turned(num_rows):
+    x, weight = draw(1, num_rows, 24), draw(30, 24, seed=1)
+    got = jax.jit(multiply_turned)(x, weight)
+    assert got.shape == (1, num_rows, 30)
+    np.testing.assert_allclose(got, x @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_multiply_turned(dtype):
+    x, weight, out = (jnp.asarray(draw(*shape), dtype) for shape in ((2, 3, 24), (30, 24), (2, 3, 30)))
+    result, pull_back = jax.vjp(multiply_turned, x, weight)
+    assert result.dtype == jnp.float32
+    gradients = pull_back(out.astype(jnp.float32))
+    expected = jnp.einsum("bto,oi->bti", out, weight), jnp.einsum("bto,bti->oi", out, x)
+    for got, want in zip(gradients, expected, strict=True):
+        assert got.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(want, np.float32), rtol=2**-7, atol=1e-5)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's program")
+def test_turned_weight_is_the_left_factor():
+    program = jax.jit(multiply_turned).lower(draw(7, 64), draw(512, 64)).compile().as_text()
+    assert re.search(r"f32\[512,8\]\S* dot\(", program)
