@@ -19,7 +19,9 @@ _RATE = 0.003
 _FORGETTING = 0.0002
 """Share of the way back to the start that the means go in a round that is plain by choice, where nothing is learned."""
 _LENGTH_RATE = 0.05
-"""Weight of one sequence in the running means of lengths and of time between calls."""
+"""Weight of one sequence in the running mean of lengths, and of one call in those of time between calls."""
+_PROMPT_RATE = 0.01
+"""Weight of one prompt in the running means of what prompts take, once there have been some: a load begins with many."""
 _CALL_RATE = 0.01
 """Weight of one call in the running means of what calls take, once there have been some."""
 _SLOWNESS_RATE, _SLOWNESS_FORGETTING = 0.05, 0.005
@@ -32,6 +34,8 @@ _CALLS_BETWEEN_TRIALS = 16
 """After so many calls one has a round more or less than seems best: warm-up times are not exact, and this shows it."""
 _ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 1.0
 """Drafting has to promise that much more than plain decoding: to begin means to catch contexts up; estimates waver."""
+_CHOICES_TO_BEGIN = 40
+"""And it has to promise it so many times in a row."""
 _ADVANTAGE_TO_WIDEN = 1.02
 """A wider block has to promise that much more than a narrower one: of its last slots least is known."""
 
@@ -59,7 +63,9 @@ class WidthPolicy:
         self._between_s: dict[Hashable, float] = {}
         self._excess_s: dict[tuple[Hashable, int], dict[int, float]] = {}
         self._num_calls: Counter[tuple[Hashable, int, int]] = Counter()
+        self._num_prompts: Counter[tuple[Hashable, bool]] = Counter()
         self._num_choices = 0
+        self._num_better = 0
         self._last = max(self._num_drafts)
         self._has_chosen = True
 
@@ -87,7 +93,7 @@ class WidthPolicy:
         def tokens_per_s(block_size: int, num_rounds: int) -> float:
             return self._promise(shape, round_s[block_size], block_size, num_rounds, num_drafted, num_plain, has_free)
 
-        best: tuple[int, int] | None = None
+        best = plain = None
         for size in sorted(sizes):
             option = max(((size, n) for n in range(1, max_rounds[size] + 1)), key=lambda o: (tokens_per_s(*o), o))
             needed = 1.0
@@ -96,9 +102,14 @@ class WidthPolicy:
                 needed = begins if best[0] == 1 else _ADVANTAGE_TO_WIDEN
             if best is None or tokens_per_s(*option) >= needed * tokens_per_s(*best):
                 best = option
+            if size == 1:
+                plain = option
         assert best is not None
         self._has_chosen = len(sizes) > 1
         if self._has_chosen:
+            self._num_better = self._num_better + 1 if best[0] > 1 else 0
+            if plain is not None and self._last == 1 and self._num_better < _CHOICES_TO_BEGIN:
+                best = plain
             self._last = best[0]
         self._num_choices += 1
         if self._num_choices % _CALLS_BETWEEN_TRIALS == 0:
@@ -167,7 +178,9 @@ class WidthPolicy:
         if own not in self.prompt_s:
             self.prompt_s[own] = self.prompt_s.get(other, each_s)
         for _ in range(num_begun):
-            self.prompt_s[own] += _LENGTH_RATE * (each_s - self.prompt_s[own])
+            self._num_prompts[own] += 1
+            rate = max(_PROMPT_RATE, 1 / (self._num_prompts[own] + 1))
+            self.prompt_s[own] += rate * (each_s - self.prompt_s[own])
             if other in self.prompt_s and self._has_chosen:
                 self.prompt_s[other] += _DRIFT * (each_s - self.prompt_s[other])
 

@@ -14,8 +14,10 @@ def make_policy(tokens_a_round):
 
 
 def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
-    size, num_rounds = policy.choose("a shape", costs, max_rounds, num_drafted, num_plain, has_free)
-    assert 1 <= num_rounds <= max_rounds[size]
+    """Return the block size chosen in the end, where nothing changes any more."""
+    for _ in range(40):
+        size, num_rounds = policy.choose("a shape", costs, max_rounds, num_drafted, num_plain, has_free)
+        assert 1 <= num_rounds <= max_rounds[size]
     return size
 
 
@@ -58,6 +60,19 @@ def test_drafting_has_to_promise_more_to_begin_than_to_go_on():
     assert choose(policy, {12: 9.0, 6: 5.1, 1: 1.0}, ONE_ROUND, 1, 0) == 1
     assert choose(policy, {12: 9.0, 6: 4.97, 1: 1.0}, ONE_ROUND, 1, 0) == 1
     assert choose(policy, {12: 9.0, 6: 4.85, 1: 1.0}, ONE_ROUND, 1, 0) == 6
+
+
+def test_drafting_begins_when_it_has_promised_more_for_a_while():
+    policy = make_policy(5)
+    good, poor = {6: 4.0, 1: 1.0}, {6: 6.0, 1: 1.0}
+    assert choose(policy, poor, ONE_ROUND, 4, 0) == 1
+    for _ in range(5):
+        sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(39)]
+        assert sizes == [1] * 39
+        policy.choose("a shape", poor, ONE_ROUND, 4, 0, True)
+    sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(41)]
+    assert sizes == [1] * 39 + [6] * 2
+    assert policy.choose("a shape", poor, ONE_ROUND, 4, 0, True)[0] == 1
 
 
 def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
