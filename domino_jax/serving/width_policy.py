@@ -21,7 +21,7 @@ _FORGETTING = 0.0002
 _LENGTH_RATE = 0.05
 """Weight of one sequence in the running mean of lengths, and of one call in those of time between calls."""
 _PROMPT_RATE = 0.01
-"""Weight of one prompt in the running means of what prompts take, once there have been some: a load begins with many."""
+"""Weight of one prompt in the running means of what prompts take, once some are known: a load begins with many."""
 _CALL_RATE = 0.01
 """Weight of one call in the running means of what calls take, once there have been some."""
 _SLOWNESS_RATE, _SLOWNESS_FORGETTING = 0.05, 0.005
