@@ -34,8 +34,10 @@ _CALLS_BETWEEN_TRIALS = 16
 """After so many calls one has a round more or less than seems best: warm-up times are not exact, and this shows it."""
 _ADVANTAGE_TO_BEGIN, _ADVANTAGE_TO_GO_ON = 1.03, 1.0
 """Drafting has to promise that much more than plain decoding: to begin means to catch contexts up; estimates waver."""
-_CHOICES_TO_BEGIN = 40
-"""And it has to promise it so many times in a row."""
+_CHOICES_TO_BEGIN, _MOST_CHOICES_TO_BEGIN = 40, 5120
+"""And it has to promise it so many times in a row, twice as many after every time that it was given up again."""
+_CHOICES_TO_PROVE = 500
+"""So many calls of drafting show that it was right to begin."""
 _ADVANTAGE_TO_WIDEN = 1.02
 """A wider block has to promise that much more than a narrower one: of its last slots least is known."""
 
@@ -65,7 +67,9 @@ class WidthPolicy:
         self._num_calls: Counter[tuple[Hashable, int, int]] = Counter()
         self._num_prompts: Counter[tuple[Hashable, bool]] = Counter()
         self._num_choices = 0
-        self._num_better = 0
+        self._to_begin: dict[Hashable, int] = {}
+        self._num_better: Counter[Hashable] = Counter()
+        self._num_drafting: Counter[Hashable] = Counter()
         self._last = max(self._num_drafts)
         self._has_chosen = True
 
@@ -107,8 +111,7 @@ class WidthPolicy:
         assert best is not None
         self._has_chosen = len(sizes) > 1
         if self._has_chosen:
-            self._num_better = self._num_better + 1 if best[0] > 1 else 0
-            if plain is not None and self._last == 1 and self._num_better < _CHOICES_TO_BEGIN:
+            if plain is not None and not self._may_draft(shape, best[0] > 1):
                 best = plain
             self._last = best[0]
         self._num_choices += 1
@@ -116,6 +119,21 @@ class WidthPolicy:
             lengths = [n for n in (best[1] - 1, best[1] + 1) if 1 <= n <= max_rounds[best[0]]] or [best[1]]
             best = best[0], lengths[self._num_choices // _CALLS_BETWEEN_TRIALS % len(lengths)]
         return best
+
+    def _may_draft(self, shape: Hashable, is_better: bool) -> bool:
+        """Return whether rounds may be drafted for, where drafting promises more (`is_better`) or does not."""
+        to_begin = self._to_begin.get(shape, _CHOICES_TO_BEGIN)
+        if self._last == 1:
+            self._num_better[shape] = self._num_better[shape] + 1 if is_better else 0
+            self._num_drafting[shape] = 0
+            return is_better and self._num_better[shape] >= to_begin
+        self._num_better[shape] = 0
+        self._num_drafting[shape] += 1
+        if not is_better:
+            self._to_begin[shape] = min(2 * to_begin, _MOST_CHOICES_TO_BEGIN)
+        elif self._num_drafting[shape] >= _CHOICES_TO_PROVE:
+            self._to_begin[shape] = _CHOICES_TO_BEGIN
+        return is_better
 
     def _promise(
         self,

@@ -15,7 +15,7 @@ def make_policy(tokens_a_round):
 
 def choose(policy, costs, max_rounds, num_drafted, num_plain, has_free=True):
     """Return the block size chosen in the end, where nothing changes any more."""
-    for _ in range(40):
+    for _ in range(200):
         size, num_rounds = policy.choose("a shape", costs, max_rounds, num_drafted, num_plain, has_free)
         assert 1 <= num_rounds <= max_rounds[size]
     return size
@@ -66,13 +66,19 @@ def test_drafting_begins_when_it_has_promised_more_for_a_while():
     policy = make_policy(5)
     good, poor = {6: 4.0, 1: 1.0}, {6: 6.0, 1: 1.0}
     assert choose(policy, poor, ONE_ROUND, 4, 0) == 1
-    for _ in range(5):
-        sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(39)]
-        assert sizes == [1] * 39
+    for needed in (80, 160, 320):
+        sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(needed - 1)]
+        assert set(sizes) == {1}
         policy.choose("a shape", poor, ONE_ROUND, 4, 0, True)
-    sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(41)]
-    assert sizes == [1] * 39 + [6] * 2
+        sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(needed + 1)]
+        assert sizes == [1] * (needed - 1) + [6] * 2
+        # Given up again: next time twice as much is needed.
+        assert policy.choose("a shape", poor, ONE_ROUND, 4, 0, True)[0] == 1
+    for _ in range(640 + 600):
+        policy.choose("a shape", good, ONE_ROUND, 4, 0, True)
     assert policy.choose("a shape", poor, ONE_ROUND, 4, 0, True)[0] == 1
+    sizes = [policy.choose("a shape", good, ONE_ROUND, 4, 0, True)[0] for _ in range(81)]
+    assert sizes == [1] * 79 + [6] * 2
 
 
 def test_a_drafter_that_failed_is_tried_again_after_many_plain_rounds():
