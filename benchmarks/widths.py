@@ -10,6 +10,7 @@ OUTPUT/rows.jsonl is one batch size and manner (`plain`, `fixed N`, `adaptive`):
 
 import argparse
 import json
+import random
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -61,8 +62,7 @@ def measure_batch(
         texts[name] = [ids for group in groups for ids in decode(name, group)]  # compiles and measures costs
     for repeat in range(args.repeats):
         for i, group in enumerate(groups):
-            shift = (i + repeat) % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in random.Random(repeat * len(groups) + i).sample(names, len(names)):
                 decode(name, group)
                 seconds[name][repeat] += decoder.last_timings.decode_s
                 if name == "adaptive":
