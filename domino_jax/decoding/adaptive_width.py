@@ -218,7 +218,7 @@ def observe(
 def _run_if(predicate: Array, run: Callable[[_T], _T], value: _T) -> _T:
     """Return `run(value)` where the predicate holds, else `value`: a `cond` that updates buffers in place.
 
-    A loop of one turn or none: XLA copies what a conditional passes through.
+    A loop of one turn or none: XLA may copy what a conditional passes through, and caches are large.
     """
     return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), run(c[1])), (predicate, value))[1]
 
@@ -391,15 +391,24 @@ def measure_costs(
 ) -> WidthTable:
     """Time rounds of every kind from copies of a state, in the program that decodes; return the table for its shape.
 
-    The median of a few counts.
+    The median of a few counts, after one that may compile.
     """
     num_sizes = len(settings.verify_widths)
     orders = [(PLAIN_TO_THE_END, 0, 0)]
     orders += [(DRAFTED, size, width) for size in range(num_sizes) for width in range(size + 1)]
     table = make_table(settings, calibration, 1.0, np.ones((num_sizes, num_sizes)))
-    state = state.replace(stop_ids=jnp.full_like(state.stop_ids, -1))
+    # Rows may be few and about to end; what is measured is kept for all batches of the shape.
+    limit = state.tokens.shape[1] - settings.num_draft_tokens - 1
+    start = max(limit - _MEASURED_ROUNDS * (settings.num_draft_tokens + 1), 1)
+    state = state.replace(
+        stop_ids=jnp.full_like(state.stop_ids, -1),
+        limit_len=jnp.full_like(state.limit_len, limit),
+        committed_len=jnp.minimum(state.committed_len, start),
+        is_done=jnp.zeros_like(state.is_done),
+        has_stopped=jnp.zeros_like(state.has_stopped),
+    )
     seconds: dict[tuple[int, int, int], list[float]] = {order: [] for order in orders}
-    for _ in range(_MEASURED_REPEATS):
+    for _ in range(1 + _MEASURED_REPEATS):
         for order in orders:
             copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             arguments = (table, jnp.asarray(order, jnp.int32), jnp.int32(_MEASURED_ROUNDS))
@@ -408,5 +417,5 @@ def measure_costs(
             seconds[order].append((time.perf_counter() - began) / max(int(progress.num_rounds), 1))
     round_s = np.full((num_sizes, num_sizes), np.inf)
     for _, size, width in orders[1:]:
-        round_s[size, width] = median(seconds[DRAFTED, size, width])
-    return make_table(settings, calibration, median(seconds[orders[0]]), round_s)
+        round_s[size, width] = median(seconds[DRAFTED, size, width][1:])
+    return make_table(settings, calibration, median(seconds[orders[0]][1:]), round_s)
