@@ -242,12 +242,13 @@ def test_sampled_answers_over_http_are_the_same_alone_and_among_others(run_folde
 class ServerProcess:
     """serve.py in a process of its own, on a free port."""
 
-    def __init__(self, repository, cwd, *arguments):
+    def __init__(self, repository, cwd, *arguments, num_devices=1):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.url = f"http://127.0.0.1:{free.getsockname()[1]}"
         command = [sys.executable, str(repository / "serve.py"), "--port", self.url.rsplit(":", 1)[1], *arguments]
         env = {**os.environ, "PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
+        env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={num_devices}"
         self.process = subprocess.Popen(
             command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -262,6 +263,18 @@ class ServerProcess:
             return error.code, error.read().decode()
         except (urllib.error.URLError, ConnectionError):
             return 0, ""
+
+    def stream(self, path, body):
+        """Yield the events of a streamed answer as they come; the last must be the end."""
+        data = json.dumps(body | {"stream": True}).encode()
+        request = urllib.request.Request(self.url + path, data, {"content-type": "application/json"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            lines = (line.decode().removeprefix("data: ").strip() for line in answer if line.strip())
+            for line in lines:
+                if line == "[DONE]":
+                    return
+                yield json.loads(line)
+        raise AssertionError("the stream ended without [DONE]")
 
     def wait_until_ready(self):
         seen, pause = [], threading.Event()
@@ -328,3 +341,56 @@ def test_serve_without_weights_ends_with_a_fault(repository, run_folder, tmp_pat
     output = server_.process.communicate(timeout=120)[0]
     assert server_.process.returncode != 0
     assert "model.safetensors" in output
+
+
+@pytest.fixture(scope="module")
+def split_pair(tmp_path_factory, tokenizer):
+    """Directories of a pair of random weights whose heads two devices can share."""
+    root = tmp_path_factory.mktemp("split")
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    target, draft = make_configs(vocab=len(tokenizer), context=256, mask_id=3, sizes=sizes)
+    target_params = draw_params(init_target_params, target, 0)
+    save_target(str(root / "target"), target, target_params, extra_config={"eos_token_id": tokenizer.eos_token_id})
+    save_tokenizer(tokenizer, root / "target")
+    save_draft(str(root / "draft"), draft, draw_params(init_draft_params, draft, 1))
+    return ["--target", str(root / "target"), "--draft", str(root / "draft")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,model=2", "model=2"])
+def test_a_server_on_a_mesh_answers_as_one_without_and_lets_streams_end(
+    repository, split_pair, tmp_path_factory, tmp_path, mesh
+):
+    settings = ["--max-slots", "2", "--batch-sizes", "2", "--compilation-cache", "none"]
+    num_devices = 2 if mesh == "model=2" else 4
+    meshed = ServerProcess(repository, tmp_path, *split_pair, *settings, "--mesh", mesh, num_devices=num_devices)
+    plain = ServerProcess(repository, tmp_path, *split_pair, *settings)
+    paths_and_bodies = [
+        (path, body | {"max_tokens": 40, "n": 1} | ({"temperature": 0} if i < 4 else {}))
+        for i, (path, body) in enumerate(draw_bodies(6, seed=3))
+    ]
+    try:
+        for server_ in (plain, meshed):
+            server_.wait_until_ready()
+        answers = [[server_.get(path, body) for path, body in paths_and_bodies] for server_ in (plain, meshed)]
+        ours, theirs = (
+            [(json.loads(text)["choices"], json.loads(text)["usage"]) for status, text in of_one] for of_one in answers
+        )
+        assert theirs == ours
+        assert all(status == 200 for of_one in answers for status, _ in of_one)
+        path, body = "/v1/completions", {"prompt": "add(a, b)", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+        whole = json.loads(plain.get(path, body)[1])["choices"][0]["text"]
+        stream = meshed.stream(path, body)
+        parts = [next(stream)["choices"][0]["text"]]
+        meshed.process.send_signal(signal.SIGTERM)  # while the answer is under way
+        parts += [choice["text"] for event in stream for choice in event["choices"]]
+        assert "".join(parts) == whole and len([part for part in parts if part]) > 5
+        outputs = [meshed.process.communicate(timeout=120)[0]]
+        plain.process.send_signal(signal.SIGTERM)
+        outputs.append(plain.process.communicate(timeout=120)[0])
+    finally:
+        for server_ in (meshed, plain):
+            server_.process.kill()
+            server_.process.wait()
+            server_.process.stdout.close()
+    assert [meshed.process.returncode, plain.process.returncode] == [0, 0], outputs
