@@ -27,7 +27,8 @@ from domino_jax.runs.endpoint_responses import (
     regenerate_by_endpoints,
     report_left_out,
 )
-from domino_jax.runs.endpoints import EndpointSettings, find_served_model, sampling_fields
+from domino_jax.runs.endpoint_settings import EndpointSettings
+from domino_jax.runs.endpoints import find_served_model, sampling_fields
 from domino_jax.runs.errors import explain_or_raise
 from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 
 from domino_jax.checkpoints.manifest import find_damage, write_manifest
 from domino_jax.checkpoints.safetensors_io import CheckpointError
+from domino_jax.checkpoints.stored_leaves import as_abstract, as_like, as_stored, name_leaves
 from domino_jax.durable import NO_ROOM, find_room, flush_tree, format_bytes, move, remove
 from domino_jax.processes import is_first, on_first
 
@@ -108,7 +109,7 @@ class TrainCheckpoints:
             "metadata": metadata,
             "metric": float(metric) if metric is not None and math.isfinite(metric) else None,
         }
-        stored = {name: _as_stored(leaf) for name, leaf in _named_leaves(state).items()}
+        stored = {name: as_stored(leaf) for name, leaf in name_leaves(state).items()}
         num_bytes = sum(leaf.nbytes for leaf in stored.values()) + _OVERHEAD_BYTES
         on_first(lambda: self._check_room(step, num_bytes))
         arguments = {_STATE: ocp.args.StandardSave(stored), _RECORD: ocp.args.JsonSave(record)}
@@ -231,12 +232,12 @@ class TrainCheckpoints:
         shutil.rmtree(partial)
 
     def _read(self, step: int, state_like: Any) -> tuple[Any, Any, dict[str, Any]]:
-        likes = _named_leaves(state_like)
+        likes = name_leaves(state_like)
         self._check_fits(step, likes)
-        abstract = {name: _as_abstract(leaf) for name, leaf in likes.items()}
+        abstract = {name: as_abstract(leaf) for name, leaf in likes.items()}
         arguments = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)})
         stored = self._orbax.restore(self._folder(step), args=arguments)[_STATE]
-        leaves = [_as_like(stored[name], like) for name, like in likes.items()]
+        leaves = [as_like(stored[name], like) for name, like in likes.items()]
         record = self._record(step)
         state = jax.tree_util.tree_unflatten(jax.tree_util.tree_structure(state_like), leaves)
         return state, _decode_data_state(record["data_state"]), record["metadata"]
@@ -300,7 +301,7 @@ class TrainCheckpoints:
     def _check_fits(self, step: int, likes: dict[str, Any]) -> None:
         metadata = self._orbax.metadata(self._folder(step)).item_metadata[_STATE]
         stored = {n: (tuple(m.shape), np.dtype(m.dtype)) for n, m in metadata.items()}
-        wanted = {n: (tuple(a.shape), np.dtype(a.dtype)) for n, a in ((n, _as_abstract(v)) for n, v in likes.items())}
+        wanted = {n: (tuple(a.shape), np.dtype(a.dtype)) for n, a in ((n, as_abstract(v)) for n, v in likes.items())}
         problems = [f"missing: {n}" for n in wanted if n not in stored]
         problems += [f"unexpected: {n}" for n in stored if n not in wanted]
         problems += [
@@ -343,45 +344,6 @@ def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> b
 def _shorten(problems: list[str]) -> str:
     more = len(problems) - _NUM_NAMED
     return "; ".join(problems[:_NUM_NAMED]) + (f"; and {more} more files" if more > 0 else "")
-
-
-def _named_leaves(state: Any) -> dict[str, Any]:
-    named: dict[str, Any] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".") or "value"
-        if name in named:
-            raise CheckpointError(f"two leaves of the state are called {name}; rename one")
-        named[name] = leaf
-    return named
-
-
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _as_stored(leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
-
-
-def _as_abstract(leaf: Any) -> Any:
-    """Return what Orbax reads into: a placed shape for device arrays, an empty host array for anything else."""
-    if _is_key(leaf):
-        leaf = jax.random.key_data(leaf)
-    if isinstance(leaf, jax.Array):
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-    return np.empty_like(np.asarray(leaf))
-
-
-def _as_like(stored: Any, like: Any) -> Any:
-    if _is_key(like):
-        return jax.random.wrap_key_data(stored, impl=jax.random.key_impl(like))
-    if isinstance(like, jax.Array):
-        return stored
-    if isinstance(like, bool | int | float):
-        return type(like)(np.asarray(stored).item())
-    return np.asarray(stored)
 
 
 def _as_json(value: Any) -> Any:

@@ -20,21 +20,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, renders_as_written
-from domino_jax.data.responses import CUT_REASONS, RowError, RowReport, scan_rows, write_chats
-from domino_jax.durable import write_atomically
-from domino_jax.runs.endpoints import (
-    Endpoint,
-    EndpointError,
-    EndpointSettings,
-    Reply,
-    RowRefused,
-    TryFailed,
-    connect,
-)
+from domino_jax.data.chat_template import ChatTemplateError, encode_prompt
+from domino_jax.data.responses import RowError, RowReport, scan_rows, write_chats
+from domino_jax.runs.endpoint_settings import EndpointError, EndpointSettings
+from domino_jax.runs.endpoint_turns import Unlearnable, build_turn
+from domino_jax.runs.endpoints import Endpoint, RowRefused, TryFailed, connect
 from domino_jax.runs.errors import RunStopped, stop_requests
-from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor, StageProgress, read_rows
+from domino_jax.runs.response_rows import index_rows, sort_rows
 from domino_jax.runs.responses import (
     Messages,
     ResponseCounts,
@@ -62,20 +55,6 @@ class NumberedChat:
 
     line_no: int
     messages: Messages
-
-
-class Unlearnable(Exception):
-    """An answer that a drafter cannot learn from.
-
-    Attributes:
-        reason: a short reason that rows are counted by.
-        detail: what was found; may be empty.
-    """
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        """Keep the reason."""
-        super().__init__(reason, detail)
-        self.reason, self.detail = reason, detail
 
 
 @dataclass(order=True)
@@ -115,48 +94,6 @@ def report_left_out(
     return set(lines)
 
 
-def build_turn(
-    reply: Reply, asked: Messages, tokenizer: PreTrainedTokenizerBase | None, enable_thinking: bool
-) -> dict[str, str]:
-    """Return the assistant's turn whose rendering is what the target wrote.
-
-    A thought that the endpoint's reasoning parser took out is put back as the chat template has it: with its opening
-    tag, or without where the generation prompt ends in it. Without a tokenizer Qwen3's form is taken.
-
-    Raises:
-        Unlearnable: there is no such turn.
-    """
-    if reply.finish_reason not in ("stop", *CUT_REASONS):
-        raise Unlearnable("unusable finish reason", reply.finish_reason)
-    was_cut = reply.finish_reason in CUT_REASONS
-    text = reply.text.rstrip("\ufffd") if was_cut else reply.text
-    thought = reply.thought
-    if not text.strip():
-        raise Unlearnable("cut inside a thought" if was_cut and thought.strip() else "empty answer")
-    if thought.strip():
-        if not enable_thinking:
-            raise Unlearnable("thought although thinking is off", "does the endpoint take chat_template_kwargs?")
-        if any(tag in part for tag in ("<think>", "</think>") for part in (thought, text)):
-            raise Unlearnable("thought that cannot be told from the answer", "a thinking tag inside the text")
-        behind_tag = thought.strip("\n") + "\n</think>\n\n" + text.lstrip("\n")
-        candidates = ["<think>\n" + behind_tag, behind_tag]
-    else:
-        candidates = [text]
-    if tokenizer is None:
-        text = candidates[0]
-        if was_cut and "</think>" not in text and (enable_thinking or "<think>" in text):
-            raise Unlearnable("cut inside a thought")
-    elif was_cut or thought.strip():
-        try:
-            written = [c for c in candidates if renders_as_written(tokenizer, asked, c, enable_thinking)]
-        except ChatTemplateError as error:
-            raise Unlearnable("chat template failed", str(error)) from error
-        if not written:
-            raise Unlearnable("rewritten by the chat template", "the thought is not rendered as it was written")
-        text = written[0]
-    return {"role": "assistant", "content": text, "finish_reason": reply.finish_reason}
-
-
 def regenerate_by_endpoints(
     endpoints: EndpointSettings,
     model: str,
@@ -183,7 +120,7 @@ def regenerate_by_endpoints(
     """
     write_chats(output, [], resume=True)
     run = _Run(endpoints, model, tokenizer, chats, output, settings, report, monitor)
-    done = _index_rows(output)
+    done = index_rows(output)
     rows = [row for row, chat in enumerate(chats) if row not in done and chat.line_no not in left_out]
     try:
         asyncio.run(run.answer(rows))
@@ -435,39 +372,3 @@ class _Run:
         rate = self._num_tokens / max(time.monotonic() - self._began, 1e-9)
         shown: dict[str, Any] = {"tokens/s": rate, "retries": self._num_retries, "left out": self._num_left_out}
         progress.advance(num_new, **shown)
-
-
-def _index_rows(output: Path) -> dict[int, tuple[int, int]]:
-    """Return offset and length in bytes of every row by its number.
-
-    Raises:
-        RunError: a line is no row of responses.
-    """
-    index: dict[int, tuple[int, int]] = {}
-    for raw in scan_rows(output):
-        try:
-            number = json.loads(raw.content)["row"]
-        except (ValueError, KeyError, TypeError):
-            number = None
-        if not isinstance(number, int):
-            raise RunError(
-                f"{output}:{raw.line_no} is no row that this command wrote (an object with its number in 'row'); "
-                "remove the line or give another --output"
-            )
-        index.setdefault(number, (raw.offset, len(raw.content)))
-    return index
-
-
-def sort_rows(output: Path) -> None:
-    """Put the rows of a file into the order of their numbers, each of them once; at once or not at all.
-
-    Raises:
-        RunError: a line is no row of responses.
-    """
-    places = [place for _, place in sorted(_index_rows(output).items())]
-    if places == sorted(places) and sum(num_bytes for _, num_bytes in places) == output.stat().st_size:
-        return
-    with output.open("rb") as file, write_atomically(output) as sorted_file:
-        for offset, num_bytes in places:
-            file.seek(offset)
-            sorted_file.write(file.read(num_bytes))

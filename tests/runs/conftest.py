@@ -1,6 +1,7 @@
 """Material that runs are tested on, and the embedded run at a size of seconds as a process of its own."""
 
 import os
+import resource
 import subprocess
 import sys
 
@@ -74,3 +75,11 @@ def finish():
         return said
 
     return finish
+
+
+@pytest.fixture
+def small_files():
+    """Let no file grow beyond a size in bytes, as a disk that gets full does."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)

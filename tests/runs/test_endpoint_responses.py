@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 
@@ -19,19 +18,16 @@ from domino_jax.data.responses import RowError, RowReport, read_chats
 from domino_jax.runs import endpoint_responses as responses_module
 from domino_jax.runs.endpoint_responses import (
     NumberedChat,
-    Unlearnable,
-    build_turn,
     read_left_out,
     regenerate_by_endpoints,
     report_left_out,
-    sort_rows,
 )
-from domino_jax.runs.endpoints import EndpointError, EndpointSettings, Reply, find_served_model, sampling_fields
+from domino_jax.runs.endpoint_settings import EndpointError, EndpointSettings
+from domino_jax.runs.endpoints import find_served_model, sampling_fields
 from domino_jax.runs.errors import EXIT_MISTAKE, EXIT_STOPPED, RunStopped, explain_or_raise
-from domino_jax.runs.folder import RunError
 from domino_jax.runs.monitor import RunMonitor, read_rows
 from domino_jax.runs.responses import ResponseCounts, ResponseSettings
-from tests.data.test_chat_template import CHATML, THINKING, make_tokenizer
+from tests.data.test_chat_template import CHATML, make_tokenizer
 from tests.runs.fake_endpoint import RESET, FakeEndpoint, Wrong, answer
 
 NUM_CHATS = 12
@@ -351,26 +347,6 @@ def test_prompts_are_measured_where_there_is_a_tokenizer(job, serve):
     assert job.left_out()[2] == "prompt too long"
 
 
-def test_rows_are_sorted_at_once_and_strangers_are_refused(tmp_path):
-    path = tmp_path / "r.jsonl"
-    for rows in (2, 0, 2, 1), (0, 0, 1, 2):
-        path.write_text("".join(f'{{"row": {row}}}\n' for row in rows))
-        sort_rows(path)
-        assert path.read_text() == '{"row": 0}\n{"row": 1}\n{"row": 2}\n'
-    with path.open("a") as file:
-        file.write('{"messages": []}\n')
-    with pytest.raises(RunError, match=r"r\.jsonl:4 is no row that this command wrote"):
-        sort_rows(path)
-
-
-@pytest.fixture
-def small_files():
-    """Let no file grow beyond a size in bytes, as a disk that gets full does."""
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-
-
 @pytest.mark.parametrize("is_stopped", [False, True])
 def test_a_disk_that_gets_full_is_told_and_whole_rows_are_kept(job, serve, whole, small_files, monkeypatch, is_stopped):
     endpoint = serve()
@@ -398,62 +374,6 @@ def test_a_disk_that_gets_full_is_told_and_whole_rows_are_kept(job, serve, whole
     job.run(endpoint)
     assert job.output.read_bytes() == whole
     assert len(endpoint.asked) - asked == NUM_CHATS + 1 - len(kept) - (3 in kept)
-
-
-def test_rows_that_cannot_be_sorted_stay_as_they_are(tmp_path, small_files):
-    path = tmp_path / "r.jsonl"
-    path.write_text('{"row": 2}\n{"row": 0}\n{"row": 1}\n')
-    before = path.read_bytes()
-    small_files(len(before) - 1)
-    with pytest.raises(OSError) as caught:
-        sort_rows(path)
-    assert caught.value.errno == errno.EFBIG
-    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
-
-
-QWEN = make_tokenizer(THINKING)
-OPENED = make_tokenizer(  # as Qwen3-Thinking-2507: the generation prompt opens the thought
-    THINKING.partition("{%- if add_generation_prompt")[0]
-    + "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n<think>\n' -}}{%- endif -%}"
-)
-SHOUTING = make_tokenizer("{{ messages[-1].content | upper }}")
-THOUGHT = "<think>\nhm\n</think>\n\none"
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "reply", "content"),
-    [
-        (None, Reply("\n\none", "\nhm\n", "stop", 1), THOUGHT),
-        (QWEN, Reply("one", "hm", "stop", 1), THOUGHT),
-        (QWEN, Reply("\n\none", "\nhm\n", "length", 1), THOUGHT),
-        (OPENED, Reply("one", "hm", "stop", 1), THOUGHT.removeprefix("<think>\n")),
-        (None, Reply(THOUGHT, "", "length", 1), THOUGHT),
-        (None, Reply("one\ufffd", "", "stop", 1), "one\ufffd"),
-        (QWEN, Reply(THOUGHT + "\ufffd", "", "length", 1), THOUGHT),
-    ],
-)
-def test_a_thought_is_put_back_as_it_was_written(tokenizer, reply, content):
-    turn = build_turn(reply, [user("a?")], tokenizer, True)
-    assert turn == {"role": "assistant", "content": content, "finish_reason": reply.finish_reason}
-
-
-@pytest.mark.parametrize(
-    ("tokenizer", "reply", "enable_thinking", "reason"),
-    [
-        (None, Reply("", "hm", "length", 1), True, "cut inside a thought"),
-        (None, Reply("<think>\nhm", "", "length", 1), True, "cut inside a thought"),
-        (QWEN, Reply("<think>\nhm", "", "length", 1), True, "rewritten by the chat template"),
-        (QWEN, Reply("one", "hm", "stop", 1), False, "thought although thinking is off"),
-        (None, Reply("one", "a </think> b", "stop", 1), True, "thought that cannot be told from the answer"),
-        (SHOUTING, Reply("one", "hm", "stop", 1), True, "rewritten by the chat template"),
-        (None, Reply(" \n", "", "stop", 1), False, "empty answer"),
-        (None, Reply("one", "", "content_filter", 1), False, "unusable finish reason"),
-    ],
-)  # fmt: skip
-def test_an_answer_that_cannot_be_learned_is_named(tokenizer, reply, enable_thinking, reason):
-    with pytest.raises(Unlearnable) as caught:
-        build_turn(reply, [user("a?")], tokenizer, enable_thinking)
-    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
@@ -490,43 +410,6 @@ def test_the_model_is_the_one_that_is_listed(serve):
         find(gone, max_retries=2)
     with pytest.raises(EndpointError, match="lists no model"):
         find(serve(models=()))
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"urls": ()}, "no endpoint is given"),
-        ({"urls": ("localhost:8000",)}, "give a URL such as"),
-        ({"urls": ("http://[::1",)}, r"is 'http://\[::1'; give a URL such as"),
-        ({"urls": ("http://localhost:80a/v1",)}, "is 'http://localhost:80a/v1'; give a URL such as"),
-        ({"urls": (f"http://me:{KEY}@host",)}, "for 'host' holds a user"),
-        ({"urls": (f"me:{KEY}@host:80",)}, "for 'host:80' holds a user"),
-        ({"urls": (f"ftp://{KEY}@host/v1?a=1",)}, "for 'host/v1' holds a user"),
-        ({"urls": (f"http://me:1{KEY}/@[host",)}, r"for '\[host' holds a user"),
-        ({"urls": (f"http://host/v1?key={KEY}",)}, "holds a user, a query"),
-        ({"concurrency": 0}, "concurrency is 0"),
-        ({"request_timeout_s": 0.0}, "request_timeout_s is 0"),
-        ({"max_retries": -1}, "max_retries is -1"),
-    ],
-)
-def test_settings_that_cannot_be_used_are_named(changes, said):
-    with pytest.raises(EndpointError, match=said) as caught:
-        EndpointSettings(**{"urls": ("http://h",)} | changes)
-    assert KEY not in str(caught.value)
-
-
-@pytest.mark.parametrize("wrong", [KEY + "\r", KEY + "\n", f"Bearer {KEY}", KEY + "\x00", f"“{KEY}”"])
-def test_a_key_that_no_header_carries_is_not_told(monkeypatch, wrong):
-    monkeypatch.setattr(os, "environ", os.environ | {"THE_KEY": wrong})  # the system's own takes no NUL
-    with pytest.raises(EndpointError, match=r"variable 'THE_KEY' \(--api-key-env\) holds more than a key") as caught:
-        EndpointSettings(("http://h",), api_key_env="THE_KEY")
-    assert KEY not in str(caught.value)
-
-
-def test_a_base_url_gets_its_version():
-    urls = EndpointSettings(("http://h:1", "http://h:1/v1/", "https://h/x/v1/chat/completions")).urls
-    assert urls == ("http://h:1/v1", "https://h/x/v1")
-    assert [replace(EndpointSettings(urls), retry_delay_s=1.0).delay_s(n) for n in (1, 2, 3, 99)] == [1, 2, 4, 60]
 
 
 def test_the_package_that_is_missing_is_named(job, serve, monkeypatch):
