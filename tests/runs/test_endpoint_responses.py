@@ -382,7 +382,7 @@ def test_reasoning_beside_the_content_is_read(job, serve, field):
     endpoint.script["say 1"] = [answer("one", **{field: "hm"})]
     endpoint.script["say 2"] = [answer(None, "length", **{field: "hm and"})]
     assert job.run(endpoint, enable_thinking=True).num_left_out == 1
-    assert job.rows()[1] == ["say 1", THOUGHT] and job.left_out()[4] == "cut inside a thought"
+    assert job.rows()[1] == ["say 1", "<think>\nhm\n</think>\n\none"] and job.left_out()[4] == "cut inside a thought"
 
 
 def test_the_model_is_the_one_that_is_listed(serve):
