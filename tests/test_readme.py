@@ -100,8 +100,6 @@ def load_program(path):
                 "benchmarks/serving_load.py",
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",
-                "benchmarks/widths.py",
-                "scripts/calibrate_survival.py",
                 "benchmarks/accelerator_round.py",
             },
         ),
