@@ -1,6 +1,6 @@
 """Time from the start of a server's process to its first token: with an empty compilation cache, and with a filled one.
 
-    python benchmarks/first_token.py --config configs/tiny.py --output benchmarks/DATE-first-token --repeats 3
+    python benchmarks/first_token.py --output benchmarks/DATE-first-token --config configs/tiny.py --repeats 3
 
 Starts `serve.py` with a compilation cache of its own, once to fill it and then `--repeats` times more, asks for a token
 as soon as it is ready, and ends it. One row a start (`rows.jsonl`): `is_cold`, `listening_s` (the first answer of any

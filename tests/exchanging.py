@@ -6,15 +6,7 @@ import sys
 import jax
 
 from domino_jax import processes
-
-
-def told(function):
-    """Return what an error says, with its class, or None."""
-    try:
-        function()
-    except Exception as error:  # noqa: BLE001 - told to the test
-        return type(error).__name__, str(error)
-    return None
+from tests.together import told
 
 
 def fail_in(number, error):

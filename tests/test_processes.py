@@ -1,14 +1,9 @@
 """What processes tell each other: alone, and three of them on this machine joined by gloo."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
 from domino_jax import processes
+from tests.together import run_together
 
 COUNT = 3
 
@@ -16,26 +11,7 @@ COUNT = 3
 @pytest.fixture(scope="module")
 def said(repository):
     """What each process found, by its number."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    environment = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "tests.exchanging", address, str(COUNT)]
-    started = [
-        subprocess.Popen(
-            [*command, str(number)], cwd=repository, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        for number in range(COUNT)
-    ]
-    try:
-        answers = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in started] == [0] * COUNT, answers
-    return [json.loads(out.splitlines()[-1]) for out, _ in answers]
+    return run_together(repository, "tests.exchanging", COUNT)
 
 
 def test_one_decides_and_all_follow(said):

@@ -108,10 +108,9 @@ def open_features(
                 _note_shapes(cache, forward, made_with)
                 cache.write_shard(shard, forward.compute(shard))
 
-    with_hidden = config.objective.match != "none"
-    if data.damaged_shards == "rebuild":
-        return FeatureSource(chats, cache, with_hidden, kept, rebuild, say)
-    return FeatureSource(chats, cache, with_hidden, kept, None, say, share if jax.process_count() > 1 else None)
+    heal = rebuild if data.damaged_shards == "rebuild" else None
+    tell_others = share if heal is None and jax.process_count() > 1 else None
+    return FeatureSource(chats, cache, config.objective.match != "none", kept, heal, say, tell_others)
 
 
 def choose_feature_shape(config: RunConfig, draft: DraftConfig, target: TargetConfig) -> FeatureShape:

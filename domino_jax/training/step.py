@@ -276,9 +276,8 @@ def make_train_step(
 
     The result does not depend on how a batch is split into micro-steps. `num_steps` is the length of the run, which
     both schedules span. The state is donated: the one passed in is gone. `target_params` have their layers stacked
-    (`models.stacked_target.stack_params`); where the inputs hold features, embedding and output head are enough. A
-    batch without an anchor changes nothing but the step count, one whose loss or gradient is not finite the count of
-    skipped updates too.
+    (`stack_params`); where the inputs hold features, embedding and output head are enough. A batch without an anchor
+    changes nothing but the step count, one whose loss or gradient is not finite the count of skipped updates too.
 
     With a layout it is called, or lowered, where `sharding.activate(layout)` holds, on trees that `layout.place` (or
     `abstract`) returned; the state keeps its place.

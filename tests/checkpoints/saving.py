@@ -17,6 +17,7 @@ from domino_jax.processes import on_first
 from domino_jax.run_config import MeshConfig
 from domino_jax.sharding import build_layout
 from tests.decoding.tiny_pair import draw_params, make_configs
+from tests.together import told
 
 SIZES = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 48}
 DRAFT = make_configs(sizes=SIZES)[1]
@@ -24,15 +25,6 @@ DRAFT = make_configs(sizes=SIZES)[1]
 
 def draw():
     return draw_params(init_draft_params, DRAFT, 3)
-
-
-def told(function):
-    """Return what an error says, with its class, or None."""
-    try:
-        function()
-    except Exception as error:  # noqa: BLE001 - told to the test
-        return type(error).__name__, str(error)
-    return None
 
 
 class Watch:

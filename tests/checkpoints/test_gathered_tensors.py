@@ -1,17 +1,12 @@
 """A drafter that two processes hold in parts, written by the first: one tensor at a time on its host, no other."""
 
-import json
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
 
 from domino_jax.checkpoints.gathered_tensors import write_gathered
 from domino_jax.checkpoints.huggingface import draft_table, save_draft
 from tests.checkpoints.saving import DRAFT, draw
-from tests.runs.many_processes import find_free_port
+from tests.together import run_together
 
 COUNT = 2
 
@@ -20,27 +15,7 @@ COUNT = 2
 def saved(repository, tmp_path_factory):
     """The folder that both save to, and what each of them found."""
     folder = tmp_path_factory.mktemp("saved")
-    environment = os.environ | {"PYTHONPATH": str(repository), "JAX_PLATFORMS": "cpu"}
-    environment.pop("XLA_FLAGS", None)
-    command = [sys.executable, "-m", "tests.checkpoints.saving", f"127.0.0.1:{find_free_port()}", str(COUNT)]
-    started = [
-        subprocess.Popen(
-            [*command, str(number), str(folder)],
-            cwd=repository,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for number in range(COUNT)
-    ]
-    try:
-        answers = [process.communicate(timeout=240) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-            process.communicate()
-    assert [process.returncode for process in started] == [0] * COUNT, answers
-    return folder, [json.loads(out.splitlines()[-1]) for out, _ in answers]
+    return folder, run_together(repository, "tests.checkpoints.saving", COUNT, folder)
 
 
 def test_the_file_is_that_of_one_process(saved, tmp_path):

@@ -138,12 +138,8 @@ class Planner:
         if stream_options is not None and not body.stream:
             raise ApiError(400, "stream_options needs stream: true", "stream_options")
         seed = secrets.randbelow(_MAX_SEED) if body.seed is None else body.seed
-        penalties = Penalties(
-            _or(body.presence_penalty, 0.0), _or(body.frequency_penalty, 0.0), _or(body.repetition_penalty, 1.0)
-        )
         bias = self._read_bias(body)
-        stop_ids = () if body.ignore_eos else self._codec.stop_ids
-        stop_ids = tuple(dict.fromkeys([*stop_ids, *(body.stop_token_ids or [])]))
+        own_ids = () if body.ignore_eos else self._codec.stop_ids
         requests = []
         for prompt in prompts:
             budget = self._budget(prompt, max_tokens)
@@ -158,9 +154,9 @@ class Planner:
                     prompt_ids=prompt.ids,
                     max_new_tokens=max(budget, 1),
                     sampling=self._sampling(body, (seed + j) % _MAX_SEED),
-                    penalties=penalties,
+                    penalties=_penalties(body),
                     logit_bias=bias,
-                    stop_ids=stop_ids,
+                    stop_ids=tuple(dict.fromkeys([*own_ids, *(body.stop_token_ids or [])])),
                     min_new_tokens=min_tokens,
                     num_top_logprobs=num_logprobs,
                     num_prompt_logprobs=num_logprobs if echo else None,
@@ -267,6 +263,12 @@ def check_ids(ids: Sequence[int], vocab_size: int, name: str) -> None:
     """
     if ids and max(ids) >= vocab_size:
         raise ApiError(400, f"{name} has the token id {max(ids)}; token ids are 0 .. {vocab_size - 1}", name)
+
+
+def _penalties(body: GenerationBody) -> Penalties:
+    return Penalties(
+        _or(body.presence_penalty, 0.0), _or(body.frequency_penalty, 0.0), _or(body.repetition_penalty, 1.0)
+    )
 
 
 def _stops(body: GenerationBody) -> tuple[str, ...]:
