@@ -187,13 +187,13 @@ class SlotEngine:
         has_prompts = any(not s.is_running for s in self._sequences.values())
         num_begun = self._run_prompts()
         self._deliver_events()  # first tokens do not wait for the rounds of others
-        size, rounds_s, is_chosen = self._run_rounds()
+        size, rounds_s, teaches = self._run_rounds()
         self._deliver_events()
         used = sum(len(s.tokens) for s in self._sequences.values())
         self._cache_usage = used / (self._ladders.rows[-1] * self._ladders.positions[-1])
         step_s = time.perf_counter() - began
         self._busy_s += step_s
-        if is_chosen and shape == self._batch.shape:  # a change takes long and comes seldom
+        if teaches and shape == self._batch.shape:  # a change takes long and comes seldom
             self.policy.observe_between(shape, size, step_s - rounds_s, num_begun, has_prompts)
 
     def _deliver_events(self) -> None:
@@ -264,8 +264,8 @@ class SlotEngine:
     def _run_rounds(self) -> tuple[int, float, bool]:
         """Run a call of rounds and read its results.
 
-        Returns its block size, its seconds on the device, and whether the policy may learn from it: what was asked for
-        was not its choice.
+        Returns its block size, its seconds on the device, and whether the policy may learn times from it: what was
+        asked for was not its choice, and filling contexts of drafts counts neither as the call nor as between calls.
         """
         running = [s for s in self._sequences.values() if s.is_running]
         if not running:
@@ -287,9 +287,10 @@ class SlotEngine:
         self._observe(CallTimes(num_run, call_s, cost.draft_share))
         if not asked:
             self.policy.observe(size, accepted)
-        if not asked and not has_caught_up:  # the time of that would be counted as the call's
+        teaches = not asked and not has_caught_up
+        if teaches:
             self.policy.observe_call(self._batch.shape, size, num_run, cost.seconds, call_s)
-        return size, call_s, not asked
+        return size, call_s, teaches
 
     def _choose_rounds(self, running: list[ServedSequence], manner: Manner, asked: int | None) -> tuple[int, int]:
         """Return the block size and the rounds of the next call; `asked` is a block size that was asked for."""
