@@ -3,8 +3,7 @@
     python bench.py --target DIR_OR_ID --draft DIR_OR_ID --prompts FILE.jsonl --max-new-tokens 256 --output rows.jsonl
 
 A line of the prompt file is {"prompt": str} (continued as it stands), {"messages": [...]} (by the chat template) or
-{"prompt_ids": [int]}; `--prompts` also takes the name of one of the paper's sets. Without `--draft` plain decoding is
-measured. What a row holds: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
+{"prompt_ids": [int]}. What a row holds: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
 
     python bench.py --target DIR_OR_ID --draft DIR_OR_ID --profile --contexts 128 1024 --batches 1 8 --output rows.jsonl
 
@@ -27,6 +26,7 @@ from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
 from domino_jax.runs import options, round_profile
+from domino_jax.runs.survival_file import find_calibration
 from domino_jax.sharding import find_layout
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
@@ -49,11 +49,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--min-p", type=float, default=0.0, help="0 keeps all")
     add("--seed", type=int, default=0, help="prompt i is decoded with seed + i")
     add("--rule", choices=("seed-exact", "rejection"), default="seed-exact", help="acceptance above temperature 0")
-    add(
-        "--block-size",
-        type=options.positive,
-        help="slots of a block; the drafter's own by default, 1 is plain decoding",
-    )
+    add("--block-size", type=options.positive, help="slots of a block; the drafter's own by default, 1 is plain")
+    add("--verify-widths", type=options.positive, nargs="+", default=(), help="block sizes each round chooses among")
+    add("--calibration", type=Path, help="of --verify-widths; survival.json beside the drafter by default")
     add("--batch-size", type=options.positive, default=1, help="prompts decoded together")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4")
@@ -111,13 +109,15 @@ def _run(args: argparse.Namespace) -> None:
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
     drafter = (draft.config, draft.params) if draft else (None, None)
-    decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, args.num_candidates)
+    survival = find_calibration(args.calibration, args.verify_widths, args.draft)
+    decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, args.num_candidates, survival)
     settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
         stop_ids=stop_ids,
         rule=args.rule,
         block_size=args.block_size,
+        verify_widths=tuple(sorted(args.verify_widths)),
         use_head=not args.no_head,
         batch_size=args.batch_size,
         repeats=args.repeats,

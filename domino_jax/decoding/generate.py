@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
+from domino_jax.decoding.adaptive_width import FREE, WidthTable, decode_adaptive, measure_costs
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
 from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams, default_num_candidates
+from domino_jax.decoding.survival import SurvivalCalibration, check_calibration
 from domino_jax.models.draft_backbone import init_draft_cache
 from domino_jax.models.qwen3 import init_target_cache
 from domino_jax.ops.kv_cache import KVCache
@@ -26,6 +28,7 @@ from domino_jax.shapes import Array, Float, Params
 from domino_jax.sharding import Layout, activate, check_sizes, fetch
 
 _CACHE_STEP = 128
+_NO_LIMIT = np.iinfo(np.int32).max
 
 
 class DecodingError(ValueError):
@@ -46,6 +49,8 @@ class Decoder:
     Attributes:
         last_timings: seconds of the last batch; compilation is included the first time a shape is seen.
         layout: as it was given.
+        last_choices: with `verify_widths`, rounds of the last batch by what was done: (size drafted, width verified),
+            (1, 1) for plain ones.
     """
 
     def __init__(
@@ -57,12 +62,13 @@ class Decoder:
         dtype: str = "float32",
         layout: Layout | None = None,
         num_candidates: int | None = None,
+        calibration: SurvivalCalibration | None = None,
     ) -> None:
         """Hold both models; `dtype` names the activation and cache type.
 
         With a layout parameters and caches are split over its mesh, and rows over `data`; the text is the same.
         `num_candidates` tokens a slot are corrected by the head (`DecodeSettings`), 0: the whole vocabulary, None: the
-        default for its size.
+        default for its size. `calibration` says how likely drafts are kept, for `verify_widths`.
 
         Raises:
             DecodingError: the drafter does not fit the target, or `num_candidates` is negative.
@@ -82,7 +88,10 @@ class Decoder:
         params = ModelParams(target_params, draft_params)
         self.params = layout.place(params) if layout else params
         self.layout = layout
+        self.calibration = calibration
         self.last_timings = Timings(0.0, 0.0)
+        self.last_choices: dict[tuple[int, int], int] = {}
+        self._width_tables: dict[tuple[DecodeSettings, tuple[int, ...]], WidthTable] = {}
 
     def generate(
         self,
@@ -95,23 +104,31 @@ class Decoder:
         use_head: bool = True,
         batch_size: int | None = None,
         propose: Propose = propose_block,
+        verify_widths: Sequence[int] = (),
     ) -> list[Generation]:
         """Generate up to `max_new_tokens` for every prompt.
 
         `max_new_tokens`, `sampling` and `stop_ids` are one for all rows or one a row. `block_size` is 1 (plain
         decoding) up to the trained width, its default; without a drafter decoding is plain. With `batch_size` the
-        prompts are run that many at a time, the last batch padded, so that shapes repeat.
+        prompts are run that many at a time, the last batch padded, so that shapes repeat. With `verify_widths` every
+        round drafts and verifies what promises most tokens a second of these block sizes and plain decoding; what they
+        cost is measured the first time a shape is seen.
 
         Raises:
-            DecodingError: an empty prompt, an id outside the vocabulary, a prompt that fills the context, or a
-                number of per-row settings that differs from the number of prompts.
-            ConfigError: `block_size` is wider than the drafter was trained for.
+            DecodingError: an empty prompt, an id outside the vocabulary, a prompt that fills the context, a
+                number of per-row settings that differs from the number of prompts, or `verify_widths` that cannot be.
+            ConfigError: a block size is wider than the drafter was trained for.
+            CalibrationError: the calibration is not for these widths.
         """
         budgets = _per_row(max_new_tokens, len(prompts), "max_new_tokens", lambda v: isinstance(v, int))
         settings_rows = _per_row(sampling, len(prompts), "sampling", lambda v: isinstance(v, SamplingConfig))
         stops = _per_row(stop_ids, len(prompts), "stop_ids", lambda v: all(isinstance(i, int | np.integer) for i in v))
         self._check_prompts(prompts, budgets)
+        if verify_widths:
+            self._check_widths(verify_widths, block_size, settings_rows, rule)
+            block_size = max(verify_widths)
         loop = self._loop_settings(settings_rows, rule, block_size, use_head)
+        loop = replace(loop, verify_widths=tuple(sorted(verify_widths)))
         step = batch_size or max(len(prompts), 1)
         results, prefill_s, decode_s = [], 0.0, 0.0
         for i in range(0, len(prompts), step):
@@ -173,7 +190,39 @@ class Decoder:
             use_head=use_head,
         )
 
-    def _run_batch(
+    def _check_widths(
+        self, widths: Sequence[int], block_size: int | None, rows: list[SamplingConfig], rule: str
+    ) -> None:
+        draft = self.settings.draft
+        if draft is None:
+            raise DecodingError(f"verify_widths are {list(widths)} but there is no drafter; load one or leave them out")
+        if self.layout:
+            raise DecodingError("verify_widths need a single device; leave them or the mesh out")
+        if min(widths) < 2 or len(set(widths)) < len(widths):
+            raise DecodingError(
+                f"verify_widths are {list(widths)}; give different block sizes from 2 on (plain decoding is always "
+                "among the choices)"
+            )
+        if block_size not in (None, max(widths)):
+            raise DecodingError(
+                f"block_size is {block_size} but the largest of verify_widths is {max(widths)}; leave one of them out"
+            )
+        for width in widths:
+            draft.num_draft_tokens(width)
+        if self.calibration is None:
+            raise DecodingError(
+                "verify_widths need a survival calibration of the drafter; make one with "
+                "scripts/calibrate_survival.py and give it to the decoder"
+            )
+        check_calibration(self.calibration, draft, widths)
+        seeds = [row.seed for row in rows if row.temperature > 0]
+        if rule == "rejection" and len(set(seeds)) < len(seeds):
+            raise DecodingError(
+                "verify_widths under the rejection rule need a seed of its own for every row: rows share a width, and "
+                "noise of one row would tell about another's; give different seeds or use the seed-exact rule"
+            )
+
+    def start_batch(
         self,
         loop: DecodeSettings,
         prompts: list[Sequence[int]],
@@ -181,8 +230,8 @@ class Decoder:
         sampling: list[SamplingConfig],
         stops: list[Sequence[int]],
         num_rows: int,
-        propose: Propose,
-    ) -> list[Generation]:
+    ) -> tuple[ModelParams, DecodeState]:
+        """Return what a loop runs with after prefill: rows up to `num_rows` are padding, and done."""
         num_real = len(prompts)
         if self.layout:
             num_rows = _round_up(num_rows, self.layout.num_data)
@@ -196,9 +245,8 @@ class Decoder:
             self.layout,
         )
         params = self.params if loop.draft else ModelParams(self.params.target)
-        began = time.perf_counter()
         # Chunks do not depend on how blocks are drafted or tokens chosen: one program serves all such settings.
-        chunks = replace(loop, block_size=1, rule="greedy", has_filters=False, use_head=True)
+        chunks = replace(loop, block_size=1, rule="greedy", has_filters=False, use_head=True, verify_widths=())
         last_hidden = init_last_hidden(loop, num_rows, self.layout)
         start = 0
         for chunk_len in split_into_chunks(max(len(p) for p in prompts)):
@@ -206,16 +254,45 @@ class Decoder:
                 chunks, params, state, chunk_len, jnp.asarray(start, jnp.int32), last_hidden
             )
             start += chunk_len
-        first = replace(loop, block_size=1, use_head=True)
-        state = jax.block_until_ready(choose_first(first, params, state, last_hidden))
+        first = replace(loop, block_size=1, use_head=True, verify_widths=())
+        return params, jax.block_until_ready(choose_first(first, params, state, last_hidden))
+
+    def _run_batch(
+        self,
+        loop: DecodeSettings,
+        prompts: list[Sequence[int]],
+        budgets: list[int],
+        sampling: list[SamplingConfig],
+        stops: list[Sequence[int]],
+        num_rows: int,
+        propose: Propose,
+    ) -> list[Generation]:
+        began = time.perf_counter()
+        params, state = self.start_batch(loop, prompts, budgets, sampling, stops, num_rows)
+        prefill_s = time.perf_counter() - began
+        table = self._find_table(loop, params, state, propose) if loop.verify_widths else None
         first_token_at = time.perf_counter()
-        if loop.draft:
+        if table is not None:
+            state, progress = decode_adaptive(loop, params, state, table, FREE, np.int32(_NO_LIMIT), propose)
+        elif loop.draft:
             state = decode_speculative(loop, params, state, propose)
         else:
             state = decode_plain(loop, params, state)
         state = jax.block_until_ready(state)
-        self.last_timings = Timings(first_token_at - began, time.perf_counter() - first_token_at)
+        self.last_timings = Timings(prefill_s, time.perf_counter() - first_token_at)
+        if table is not None:
+            choices = np.argwhere(np.asarray(progress.choices))
+            names = {(loop.verify_widths[d], loop.verify_widths[w]): int(progress.choices[d, w]) for d, w in choices}
+            self.last_choices = {(1, 1): int(progress.num_plain)} | names
         return _to_generations(loop, state, prompts, budgets)
+
+    def _find_table(
+        self, loop: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose
+    ) -> WidthTable:
+        key = (loop, state.tokens.shape)
+        if key not in self._width_tables:
+            self._width_tables[key] = measure_costs(loop, params, state, self.calibration, propose)
+        return self._width_tables[key]
 
 
 def _per_row(value: object, num_rows: int, name: str, is_single: object) -> list:

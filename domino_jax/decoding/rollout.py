@@ -36,10 +36,13 @@ class Proposal:
 
     Attributes:
         probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
+        confidence: the drafter's probability of each token; under the rejection rule that of the likeliest token, which
+            is known before one is drawn. None unless widths are chosen by it.
     """
 
     tokens: Int[Array, "B P"]
     probs: Float[Array, "B P V"] | None
+    confidence: Float[Array, "B P"] | None = None
 
 
 def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int) -> Float[Array, "B W V"] | None:
@@ -73,7 +76,21 @@ def choose_block(
 
 def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
     log_weights, values = _weigh_drafts(settings, sampling, logits, noise)
-    return Proposal(choose(values), _draft_laws(settings, sampling, log_weights))
+    tokens = choose(values)
+    return Proposal(
+        tokens, _draft_laws(settings, sampling, log_weights), _find_confidence(settings, log_weights, tokens)
+    )
+
+
+def _find_confidence(settings: DecodeSettings, log_weights: Float[Array, "B P V"], chosen: Array) -> Array | None:
+    """Return `Proposal.confidence` of the entries `chosen` from log-weights."""
+    if not settings.verify_widths:
+        return None
+    if settings.rule == "rejection":
+        highest = jnp.max(log_weights, axis=-1)
+    else:
+        highest = jnp.take_along_axis(log_weights, chosen[..., None], axis=-1)[..., 0]
+    return jnp.exp(highest - jax.nn.logsumexp(log_weights, axis=-1))
 
 
 def _weigh_drafts(
@@ -125,7 +142,7 @@ def _roll_out_head(
 
     read = partial(head.apply, variables, method=DominoHead.input_gates)
 
-    def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
+    def step(carry: tuple, slot: dict) -> tuple[tuple, dict]:
         state, state_gates, input_gates = carry
         state = update_state(state, input_gates, state_gates)
         state_gates, inner = head.apply(variables, state, method=DominoHead.project_state)
@@ -139,12 +156,18 @@ def _roll_out_head(
         log_weights, values = _weigh_drafts(settings, sampling, logits[:, None], row_noise)
         if candidates is None:
             tokens, embeddings = choose_and_look_up(values[:, 0], embedding)
-            input_gates = read(embeddings)
+            places, input_gates = tokens, read(embeddings)
         else:
             places = first_argmax(values[:, 0])
             tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
             input_gates = _gates_of_choice(slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids)))
-        return (state, state_gates, input_gates), (tokens, log_weights[:, 0] if settings.rule == "rejection" else None)
+        confidence = _find_confidence(settings, log_weights, places[:, None])
+        drafted = {
+            "tokens": tokens,
+            "log_weights": log_weights[:, 0] if settings.rule == "rejection" else None,
+            "confidence": None if confidence is None else confidence[:, 0],
+        }
+        return (state, state_gates, input_gates), drafted
 
     slots = {
         "logits": base_logits,
@@ -160,8 +183,9 @@ def _roll_out_head(
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
     start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, dtype)))
     _, drafted = jax.lax.scan(step, start, slots)
-    tokens, log_weights = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
-    return Proposal(tokens, _draft_laws(settings, sampling, log_weights))
+    drafted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
+    laws = _draft_laws(settings, sampling, drafted["log_weights"])
+    return Proposal(drafted["tokens"], laws, drafted["confidence"])
 
 
 def _gates_of_candidates(candidates: Array | None, read_tokens: Callable[[Array], Array]) -> Array | None:

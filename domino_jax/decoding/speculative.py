@@ -139,10 +139,17 @@ def commit_block(
 ) -> DecodeState:
     """Append what the target accepts of a proposal, and its own token after it, to every row that is not done."""
     num_accepted, next_token = accept_block(settings, state, proposal, logits)
-    num_drafts = proposal.tokens.shape[1]
+    return commit_accepted(state, proposal.tokens, num_accepted, next_token)
+
+
+def commit_accepted(
+    state: DecodeState, drafts: Int[Array, "B P"], num_accepted: Int[Array, " B"], next_token: Int[Array, " B"]
+) -> DecodeState:
+    """Append the accepted drafts and the target's token after them to every row that is not done."""
+    num_drafts = drafts.shape[1]
     index = jnp.arange(num_drafts + 1)
     is_draft = index < num_accepted[:, None]
-    new_tokens = jnp.where(is_draft, jnp.pad(proposal.tokens, ((0, 0), (0, 1))), next_token[:, None])
+    new_tokens = jnp.where(is_draft, jnp.pad(drafts, ((0, 0), (0, 1))), next_token[:, None])
     own_source = jnp.where(num_accepted == num_drafts, SOURCE_BONUS, SOURCE_CORRECTED)[:, None]
     sources = jnp.where(is_draft, SOURCE_DRAFTED, own_source)
     is_active = ~state.is_done

@@ -48,6 +48,8 @@ class DecodeSettings:
         num_candidates: tokens a slot the head corrects, those its base logits rank highest; 0 corrects the whole
             vocabulary. The rejection rule needs the law of every token and always does the latter.
         dtype: name of the activation and cache type.
+        verify_widths: block sizes, ascending, the last one `block_size`, among which every round chooses what it drafts
+            and what it verifies of that; empty: `block_size` always.
     """
 
     target: TargetConfig
@@ -58,6 +60,7 @@ class DecodeSettings:
     use_head: bool = True
     num_candidates: int = 0
     dtype: str = "float32"
+    verify_widths: tuple[int, ...] = ()
 
     @property
     def num_draft_tokens(self) -> int:

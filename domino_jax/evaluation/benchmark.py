@@ -50,6 +50,7 @@ ROW_FIELDS = {
     "mesh": "devices by axis, data and model; null on one device",
     "rule": "acceptance above temperature 0: seed-exact or rejection",
     "block_size": "slots of a block; 1 is plain decoding",
+    "verify_widths": "block sizes each round chose among, plain decoding besides; empty: block_size always",
     "use_head": "whether a head corrected the drafts",
     "num_candidates": "tokens a slot the head corrected; 0: the whole vocabulary",
     "batch_size": "prompts decoded together, at most",
@@ -77,6 +78,7 @@ class BenchmarkSettings:
     Attributes:
         sampling: of the first prompt; prompt i uses seed + i.
         block_size: None: as trained.
+        verify_widths: block sizes that each round chooses among; empty: `block_size` always.
         use_head: False drafts from the base logits alone.
         repeats: timed runs of each loop on each batch; the median counts.
         target: what the rows call the target.
@@ -88,6 +90,7 @@ class BenchmarkSettings:
     stop_ids: tuple[int, ...] = ()
     rule: AcceptanceRule = "seed-exact"
     block_size: int | None = None
+    verify_widths: tuple[int, ...] = ()
     use_head: bool = True
     batch_size: int = 1
     repeats: int = 1
@@ -208,7 +211,8 @@ def shared_fields(decoder: Decoder, settings: BenchmarkSettings) -> Row:
         "dtype": decoder.settings.dtype,
         "mesh": dict(decoder.layout.mesh.shape) if decoder.layout else None,
         "rule": settings.rule,
-        "block_size": 1 if draft is None else settings.block_size or draft.block_size,
+        "block_size": 1 if draft is None else settings.block_size or max(settings.verify_widths or (draft.block_size,)),
+        "verify_widths": list(settings.verify_widths),
         "use_head": settings.use_head and draft is not None and draft.has_head,
         "num_candidates": decoder.settings.num_candidates,
         "batch_size": settings.batch_size,
@@ -269,6 +273,7 @@ def _run_without_compiling(
             block_size=1 if is_plain else settings.block_size,
             use_head=settings.use_head,
             batch_size=settings.batch_size,
+            verify_widths=() if is_plain else settings.verify_widths,
         )
         run = _Run(generations, decoder.last_timings.prefill_s, decoder.last_timings.decode_s)
         if jax.process_count() > 1 or counter.count == before:  # one process alone may not decode once more

@@ -13,6 +13,7 @@ from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.evaluation.benchmark import ROW_FIELDS
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
+from scripts import calibrate_survival
 
 BUDGET, BLOCK, CONTEXT = 8, 4, 64
 LINES = [
@@ -126,6 +127,7 @@ def test_the_three_forms_and_the_settings(run, material):
         "mesh": None,
         "rule": "seed-exact",
         "block_size": BLOCK,
+        "verify_widths": [],
         "use_head": True,
         "num_candidates": 0,
         "batch_size": 1,
@@ -199,6 +201,22 @@ def test_block_sizes(run, block):
     assert_speculative(rows, printed, block)
     if block == 1:
         assert {length for row in rows for length in row["acceptance_lengths"]} == {1}
+
+
+def test_widths_are_chosen_by_a_calibration(run, material, tmp_path, capsys):
+    file = tmp_path / "survival.json"
+    status, rows, printed = run("--verify-widths", 4, 2, "--calibration", file)
+    assert (status, rows) == (2, None) and "no survival calibration at" in printed.err
+    pair = ["--target", material / "target", "--draft", material / "draft", "--prompts", material / "prompts.jsonl"]
+    widths = ["--widths", "2", "4", "--max-new-tokens", BUDGET, "--output", file]
+    assert calibrate_survival.main([*map(str, [*pair, *widths])]) == 0
+    assert "block 4: kept, by slot: " in capsys.readouterr().out
+    status, rows, printed = run("--verify-widths", 4, 2, "--calibration", file)
+    assert status == 0
+    assert_speculative(rows, printed)
+    assert rows[0]["verify_widths"] == read_settings(printed)["verify_widths"] == [2, 4]
+    status, rows, printed = run("--calibration", file)
+    assert (status, rows) == (2, None) and "is for --verify-widths" in printed.err
 
 
 def test_text_needs_no_chat_template(run, material, tmp_path):

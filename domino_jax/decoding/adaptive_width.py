@@ -1,0 +1,421 @@
+"""The right width: every round drafts the block size, and verifies what part of it, that promise most tokens a second.
+
+What to draft is decided before a round, from how far drafts survived so far; plain decoding is one of the choices. How
+much of the block to verify is decided once it is there, from the chance that each slot survives. Seconds of every
+choice are measured at warm-up. Drafts that are not verified are dropped: the round is one whose drafts end there.
+
+Under the greedy and the seed-exact rule the text is the target's whatever is chosen. Under the rejection rule a choice
+must not know the token it decides about, or the law of the text would change: whether slot k is verified depends on the
+drafter's laws of slots 1 .. k and on tokens before k (a stopping rule over the slots), and what a later round drafts on
+committed tokens alone, for noise of discarded drafts is used again at the positions they had.
+
+Source: the stopping rule's argument as for speculative sampling, arXiv 2211.17192: given what was known before a draft
+token is drawn, accepting or replacing it by the ratio follows the target's law, and so does drawing from it at once.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from statistics import median
+from typing import TypeVar, no_type_check
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from domino_jax.decoding.plain import choose_next, plain_step
+from domino_jax.decoding.rollout import Proposal
+from domino_jax.decoding.speculative import (
+    Propose,
+    accept_block,
+    commit_accepted,
+    propose_block,
+    read_block,
+    verify_block,
+    write_features,
+)
+from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
+from domino_jax.decoding.survival import SurvivalCalibration
+from domino_jax.ops.precision import in_full_precision
+from domino_jax.shapes import Array, Bool, Float, Int
+
+_TRIALS_AT_START = 20.0
+"""Drafts that the held-out rates of a slot weigh as much as, against those of the text at hand."""
+_REMEMBERED = 0.9
+"""Share of what was seen that a further drafted round leaves of it."""
+_STRETCH_LEN = 32
+"""Plain rounds between two trials of drafting."""
+_ADVANTAGE = 1.1
+"""Drafting has to promise that much more than plain decoding: a batch ends with its slowest row, not with the mean one,
+and what is measured at warm-up has everything in caches."""
+_HOPELESS = 1.0
+"""Below that share of plain decoding's promise drafting is not tried again: features of plain steps would have to be
+projected for it, which costs about what there is to gain."""
+_MEASURED_ROUNDS, _MEASURED_REPEATS = 12, 5
+
+_T = TypeVar("_T")
+
+PLAIN_TO_THE_END, PLAIN_STRETCH, DRAFTED = range(3)
+FREE = np.array([-1, 0, 0], np.int32)
+"""The order that leaves every choice to the rounds themselves."""
+
+
+@no_type_check  # see `domino_jax.shapes`
+@flax.struct.dataclass
+class WidthTable:
+    """What is known before the first round; sizes and widths are the settings' `verify_widths`, in their order.
+
+    Attributes:
+        slope: of the logit of the chance that a slot is kept, over the logit of the drafter's confidence.
+        intercept: of the same.
+        rate: chance that a slot is kept where those before it were, whatever the confidence.
+        plain_s: seconds of a plain step.
+        round_s: seconds of a round that drafts a size (first axis) and verifies a width (second); infinite where the
+            width is the larger.
+    """
+
+    slope: Float[Array, "sizes P"]
+    intercept: Float[Array, "sizes P"]
+    rate: Float[Array, "sizes P"]
+    plain_s: Float[Array, ""]
+    round_s: Float[Array, "sizes sizes"]
+
+
+@no_type_check  # see `domino_jax.shapes`
+@flax.struct.dataclass
+class Progress:
+    """What rounds learn and count.
+
+    Attributes:
+        kept: drafts of each slot that were kept, older rounds weighing less.
+        tried: verified drafts of each slot whose predecessors were all kept, weighed alike.
+        kind: what the next rounds are: plain to the end, a plain stretch, or drafted.
+        size: place in `verify_widths` of the block size to draft.
+        tokens_per_s: what a row is promised by the better of drafting and plain decoding.
+        num_rounds: rounds so far, plain ones included.
+        choices: rounds by size drafted and width verified.
+        num_plain: plain rounds.
+    """
+
+    kept: Float[Array, " P"]
+    tried: Float[Array, " P"]
+    kind: Int[Array, ""]
+    size: Int[Array, ""]
+    tokens_per_s: Float[Array, ""]
+    num_rounds: Int[Array, ""]
+    choices: Int[Array, "sizes sizes"]
+    num_plain: Int[Array, ""]
+
+
+def init_progress(settings: DecodeSettings, table: WidthTable) -> Progress:
+    """Return what is known of a text before its first round: nothing but what held-out texts say."""
+    num_sizes, zero = len(settings.verify_widths), jnp.zeros((), jnp.int32)
+    progress = Progress(
+        kept=jnp.zeros(settings.num_draft_tokens),
+        tried=jnp.zeros(settings.num_draft_tokens),
+        kind=zero,
+        size=zero,
+        tokens_per_s=jnp.zeros(()),
+        num_rounds=zero,
+        choices=jnp.zeros((num_sizes, num_sizes), jnp.int32),
+        num_plain=zero,
+    )
+    return plan_next(settings, table, progress)
+
+
+def make_table(
+    settings: DecodeSettings, calibration: SurvivalCalibration, plain_s: float, round_s: Float[np.ndarray, "D D"]
+) -> WidthTable:
+    """Join calibration and costs."""
+
+    def stack(name: str) -> Array:
+        rows = [getattr(calibration.sizes[size], name) for size in settings.verify_widths]
+        return jnp.asarray([[*row, *[0.0] * (settings.num_draft_tokens - len(row))] for row in rows], jnp.float32)
+
+    return WidthTable(
+        slope=stack("slope"),
+        intercept=stack("intercept"),
+        rate=stack("rate"),
+        plain_s=jnp.asarray(plain_s, jnp.float32),
+        round_s=jnp.asarray(round_s, jnp.float32),
+    )
+
+
+def _num_drafts(settings: DecodeSettings) -> np.ndarray:
+    """Return the tokens drafted by each of the sizes."""
+    return np.array([settings.draft.num_draft_tokens(size) for size in settings.verify_widths])
+
+
+def _expected_tokens(settings: DecodeSettings, rates: Float[Array, "*rows P"]) -> Float[Array, "*rows widths"]:
+    """Return 1 + sum over the slots of a width of the chance that all drafts up to the slot are kept."""
+    survival = jnp.cumprod(rates, axis=-1)
+    return 1 + jnp.cumsum(survival, axis=-1)[..., _num_drafts(settings) - 1]
+
+
+def plan_next(settings: DecodeSettings, table: WidthTable, progress: Progress) -> Progress:
+    """Choose kind and block size of the next round.
+
+    The rate of a slot is that of held-out decodes, corrected by what this text has shown so far.
+    """
+    rates = (_TRIALS_AT_START * table.rate + progress.kept) / (_TRIALS_AT_START + progress.tried)
+    promises = jnp.max(_expected_tokens(settings, rates) / table.round_s, axis=-1)
+    over_plain = jnp.max(promises) * table.plain_s
+    plain = jnp.where(over_plain < _HOPELESS, PLAIN_TO_THE_END, PLAIN_STRETCH)
+    return progress.replace(
+        kind=jnp.where(over_plain >= _ADVANTAGE, DRAFTED, plain).astype(jnp.int32),
+        size=jnp.argmax(promises).astype(jnp.int32),
+        tokens_per_s=jnp.maximum(jnp.max(promises), 1 / table.plain_s),
+    )
+
+
+def choose_width(
+    settings: DecodeSettings,
+    table: WidthTable,
+    size: Int[Array, ""],
+    confidence: Float[Array, "B P"],
+    is_active: Bool[Array, " B"],
+    tokens_per_s: Float[Array, ""],
+) -> Int[Array, ""]:
+    """Return the width at which expected tokens less what the round's seconds are worth elsewhere are most.
+
+    `tokens_per_s` is that worth, for a row; a round that maximised its own ratio would linger over bad blocks.
+    Under the rejection rule the decision is taken slot by slot: go on while some further width promises more, by the
+    laws of drafted slots up to the next one and by mean rates after it.
+    """
+    logit = jax.scipy.special.logit(jnp.clip(confidence, 1e-6, 1 - 1e-6))
+    rates = jax.nn.sigmoid(table.slope[size] * logit + table.intercept[size])
+    seconds = table.round_s[size]
+
+    def find_worth(rates: Float[Array, "B P"]) -> Float[Array, " widths"]:
+        tokens = jnp.where(is_active[:, None], _expected_tokens(settings, rates), 0.0)
+        return jnp.sum(tokens, axis=0) - tokens_per_s * jnp.sum(is_active) * seconds
+
+    if settings.rule != "rejection":
+        return jnp.argmax(find_worth(rates)).astype(jnp.int32)
+    slots, num_widths = jnp.arange(rates.shape[1]), len(settings.verify_widths)
+    stops = []
+    for i, num_drafts in enumerate(_num_drafts(settings)):
+        worth = find_worth(jnp.where(slots <= num_drafts, rates, table.rate[size]))
+        stops.append(jnp.argmax(jnp.where(jnp.arange(num_widths) >= i, worth, -jnp.inf)) == i)
+    return jnp.argmax(jnp.stack(stops)).astype(jnp.int32)
+
+
+def observe(
+    progress: Progress, num_kept: Int[Array, " B"], num_verified: int, is_active: Bool[Array, " B"]
+) -> Progress:
+    """Learn from what rows kept of the drafts that were verified; slots after the first refused one say nothing."""
+    slots = jnp.arange(progress.kept.shape[0])
+    kept = is_active[:, None] & (slots < num_kept[:, None])
+    tried = is_active[:, None] & (slots <= num_kept[:, None]) & (slots < num_verified)
+    return progress.replace(
+        kept=_REMEMBERED * progress.kept + jnp.sum(kept, axis=0),
+        tried=_REMEMBERED * progress.tried + jnp.sum(tried, axis=0),
+    )
+
+
+def _run_if(predicate: Array, run: Callable[[_T], _T], value: _T) -> _T:
+    """Return `run(value)` where the predicate holds, else `value`: a `cond` that updates buffers in place.
+
+    A loop of one turn or none: XLA may copy what a conditional passes through, and caches are large.
+    """
+    return jax.lax.while_loop(lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), run(c[1])), (predicate, value))[1]
+
+
+def _draft(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose, size: Array
+) -> Proposal:
+    """Draft a block of the chosen size, padded to the largest."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, settings.num_draft_tokens - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+
+    def draft(block_size: int) -> Proposal:
+        proposal = propose(replace(settings, block_size=block_size), params, state)
+        if proposal.confidence is None:
+            raise ValueError("`propose` returns no confidence, which `verify_widths` are chosen by; fill it in")
+        return jax.tree.map(pad, proposal)
+
+    return jax.lax.switch(size, [partial(draft, block_size) for block_size in settings.verify_widths])
+
+
+def verify_width(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState, proposal: Proposal, num_drafts: int
+) -> tuple[DecodeState, Int[Array, " B"]]:
+    """Verify and commit the first drafts of a block; return the state and how many of them each row accepted."""
+    cut = jax.tree.map(lambda x: x[:, :num_drafts], proposal)
+    logits, _, state = verify_block(settings, params, state, cut.tokens)
+    num_accepted, next_token = accept_block(settings, state, cut, logits)
+    return commit_accepted(state, cut.tokens, num_accepted, next_token), num_accepted
+
+
+def _run_drafted(
+    settings: DecodeSettings,
+    params: ModelParams,
+    table: WidthTable,
+    propose: Propose,
+    order: Array,
+    carry: tuple[DecodeState, Progress],
+) -> tuple[DecodeState, Progress]:
+    """Draft, choose a width, verify it; `order` as in `decode_adaptive`."""
+    state, progress = carry
+    is_active, before = ~state.is_done, state.committed_len
+    size = jnp.where(order[0] < 0, progress.size, order[1])
+    proposal = _draft(settings, params, state, propose, size)
+    width = choose_width(settings, table, size, proposal.confidence, is_active, progress.tokens_per_s)
+    width = jnp.where(order[0] < 0, width, order[2])
+
+    def verify(num_drafts: int, carry: tuple[DecodeState, Progress]) -> tuple[DecodeState, Progress]:
+        state, progress = carry
+        state, num_accepted = verify_width(settings, params, state, proposal, num_drafts)
+        num_kept = jnp.minimum(num_accepted, state.committed_len - before)
+        return state, observe(progress, num_kept, num_drafts, is_active)
+
+    for i, num_drafts in enumerate(_num_drafts(settings)):
+        state, progress = _run_if(width == i, partial(verify, int(num_drafts)), (state, progress))
+    places = jnp.arange(len(settings.verify_widths))
+    is_choice = (places[:, None] == size) & (places == width)
+    progress = progress.replace(num_rounds=progress.num_rounds + 1, choices=progress.choices + is_choice)
+    return state, plan_next(settings, table, progress)
+
+
+def _record_plain(before: DecodeState, state: DecodeState) -> DecodeState:
+    """Record the plain rounds between two states: each has committed one token."""
+    num_new = state.committed_len - before.committed_len
+    rounds, first = jnp.arange(state.acceptance_lengths.shape[1]), state.num_rounds[:, None]
+    is_plain = (rounds >= first) & (rounds < first + num_new[:, None])
+    return state.replace(
+        acceptance_lengths=jnp.where(is_plain, 1, state.acceptance_lengths), num_rounds=state.num_rounds + num_new
+    )
+
+
+def _run_plain(
+    settings: DecodeSettings,
+    params: ModelParams,
+    max_rounds: Array,
+    is_stretch: Array,
+    carry: tuple[DecodeState, Progress],
+) -> tuple[DecodeState, Progress]:
+    """Run plain steps: a stretch of them, after which the draft's context is caught up, or all that are left."""
+    before, progress = carry
+    start = before.anchor_pos
+    stretch_len = min(_STRETCH_LEN, before.target_cache.num_positions)
+    width = settings.draft.hidden_size * len(settings.draft.target_layer_ids)
+    features = jnp.zeros((start.shape[0], stretch_len, width), jnp.dtype(settings.dtype))
+
+    def goes_on(state: DecodeState, count: Array) -> Array:
+        return ~jnp.all(state.is_done) & (progress.num_rounds + count < max_rounds)
+
+    def step_of_stretch(carry: tuple) -> tuple:
+        state, count, features = carry
+        logits, output = read_block(settings, params, state, jnp.zeros((start.shape[0], 0), jnp.int32))
+        state = state.replace(target_cache=output.cache)
+        chosen = choose_next(logits, state.committed_len[:, None], state, settings)
+        state, _ = commit_tokens(state, chosen, jnp.ones_like(start), jnp.full_like(chosen, SOURCE_TARGET))
+        return state, count + 1, jax.lax.dynamic_update_slice(features, output.features, (0, count, 0))
+
+    state, count, features = jax.lax.while_loop(
+        lambda c: is_stretch & goes_on(*c[:2]) & (c[1] < stretch_len),
+        step_of_stretch,
+        (before, jnp.zeros((), jnp.int32), features),
+    )
+    # A row that ended within the stretch may get its last positions spoiled: nothing is drafted for it any more.
+    draft_cache = _run_if(
+        is_stretch, lambda cache: write_features(settings, params, features, start, cache), state.draft_cache
+    )
+    state, count = jax.lax.while_loop(
+        lambda c: ~is_stretch & goes_on(*c),
+        lambda c: (plain_step(settings, params, c[0]), c[1] + 1),
+        (state.replace(draft_cache=draft_cache), count),
+    )
+    return _record_plain(before, state), progress.replace(
+        kind=jnp.int32(DRAFTED), num_rounds=progress.num_rounds + count, num_plain=progress.num_plain + count
+    )
+
+
+def run_adaptive(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    table: WidthTable,
+    order: Int[Array, " 3"],
+    max_rounds: Int[Array, ""],
+    propose: Propose = propose_block,
+) -> tuple[DecodeState, Progress]:
+    """Run rounds until every row is done, `max_rounds` at most.
+
+    `order` is `FREE`, or what every round does: its kind, and place of size and width in `verify_widths`.
+    """
+
+    def goes_on(carry: tuple[DecodeState, Progress]) -> Array:
+        return ~jnp.all(carry[0].is_done) & (carry[1].num_rounds < max_rounds)
+
+    def find_kind(progress: Progress) -> Array:
+        return jnp.where(order[0] < 0, progress.kind, order[0])
+
+    def run(carry: tuple[DecodeState, Progress]) -> tuple[DecodeState, Progress]:
+        carry = jax.lax.while_loop(
+            lambda c: goes_on(c) & (find_kind(c[1]) == DRAFTED),
+            partial(_run_drafted, settings, params, table, propose, order),
+            carry,
+        )
+        kind = find_kind(carry[1])
+        run_plain = partial(_run_plain, settings, params, max_rounds, kind == PLAIN_STRETCH)
+        return _run_if(goes_on(carry) & (kind != DRAFTED), run_plain, carry)
+
+    return jax.lax.while_loop(goes_on, run, (state, init_progress(settings, table)))
+
+
+@partial(jax.jit, static_argnums=(0, 6), donate_argnums=2)
+@in_full_precision
+def decode_adaptive(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    table: WidthTable,
+    order: Int[Array, " 3"],
+    max_rounds: Int[Array, ""],
+    propose: Propose = propose_block,
+) -> tuple[DecodeState, Progress]:
+    """Compile `run_adaptive`; `state` is donated."""
+    return run_adaptive(settings, params, state, table, order, max_rounds, propose)
+
+
+def measure_costs(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    calibration: SurvivalCalibration,
+    propose: Propose = propose_block,
+) -> WidthTable:
+    """Time rounds of every kind from copies of a state, in the program that decodes; return the table for its shape.
+
+    The median of a few counts, after one that may compile.
+    """
+    num_sizes = len(settings.verify_widths)
+    orders = [(PLAIN_TO_THE_END, 0, 0)]
+    orders += [(DRAFTED, size, width) for size in range(num_sizes) for width in range(size + 1)]
+    table = make_table(settings, calibration, 1.0, np.ones((num_sizes, num_sizes)))
+    # Rows may be few and about to end; what is measured is kept for all batches of the shape.
+    limit = state.tokens.shape[1] - settings.num_draft_tokens - 1
+    start = max(limit - _MEASURED_ROUNDS * (settings.num_draft_tokens + 1), 1)
+    state = state.replace(
+        stop_ids=jnp.full_like(state.stop_ids, -1),
+        limit_len=jnp.full_like(state.limit_len, limit),
+        committed_len=jnp.minimum(state.committed_len, start),
+        is_done=jnp.zeros_like(state.is_done),
+        has_stopped=jnp.zeros_like(state.has_stopped),
+    )
+    seconds: dict[tuple[int, int, int], list[float]] = {order: [] for order in orders}
+    for _ in range(1 + _MEASURED_REPEATS):
+        for order in orders:
+            copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
+            arguments = (table, jnp.asarray(order, jnp.int32), jnp.int32(_MEASURED_ROUNDS))
+            began = time.perf_counter()
+            _, progress = jax.block_until_ready(decode_adaptive(settings, params, copy, *arguments, propose))
+            seconds[order].append((time.perf_counter() - began) / max(int(progress.num_rounds), 1))
+    round_s = np.full((num_sizes, num_sizes), np.inf)
+    for _, size, width in orders[1:]:
+        round_s[size, width] = median(seconds[DRAFTED, size, width][1:])
+    return make_table(settings, calibration, median(seconds[orders[0]][1:]), round_s)

@@ -1,0 +1,131 @@
+"""How likely a drafted token is kept, from the drafter's own probability of it: fitted on held-out decodes, as JSON.
+
+For every block size and slot two numbers make a monotone map: logit of the chance = slope * logit(p) + intercept, with
+slope >= 0. Knows no devices.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logit
+
+from domino_jax.config import ConfigError, DraftConfig
+from domino_jax.durable import write_atomically
+from domino_jax.shapes import Array, Bool, Float
+
+FILE_NAME = "survival.json"
+"""What a calibration is called beside the drafter's weights."""
+
+_PRIOR_WEIGHT = 1.0
+"""Weight of the drafter's own probability as it is (slope 1, intercept 0), in squared distance of the two numbers: a
+slot that was always kept, or never seen, has a finite fit."""
+
+
+class CalibrationError(ConfigError):
+    """A calibration that cannot be used; the message names the file, what is wrong and how to make one."""
+
+
+@dataclass(frozen=True)
+class SlotSurvival:
+    """The slots of one block size.
+
+    Attributes:
+        slope: of the map, a slot each.
+        intercept: of the map, a slot each.
+        rate: share of the drafts that were kept, of those whose predecessors were.
+    """
+
+    slope: tuple[float, ...]
+    intercept: tuple[float, ...]
+    rate: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class SurvivalCalibration:
+    """Calibrated slots by block size."""
+
+    sizes: Mapping[int, SlotSurvival]
+
+
+def fit_slots(confidence: Float[np.ndarray, "rounds P"], num_kept: Sequence[int]) -> SlotSurvival:
+    """Fit every slot's map by penalised logistic regression on the rounds that kept all drafts before it."""
+    log_odds = logit(np.clip(np.asarray(confidence, np.float64), 1e-6, 1 - 1e-6))
+    slots = []
+    for k in range(log_odds.shape[1]):
+        reached = np.asarray(num_kept) >= k
+        is_kept = (np.asarray(num_kept) > k)[reached]
+        slope, intercept = _fit_map(log_odds[reached, k], is_kept)
+        slots.append((slope, intercept, (is_kept.sum() + 1) / (is_kept.size + 2)))
+    return SlotSurvival(*(tuple(float(v) for v in column) for column in zip(*slots, strict=True)))
+
+
+def _fit_map(log_odds: Float[np.ndarray, " n"], is_kept: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    def find_loss(numbers: Array) -> tuple[float, Array]:
+        slope, intercept = numbers
+        z = slope * log_odds + intercept
+        loss = np.sum(np.logaddexp(0, z) - is_kept * z) + _PRIOR_WEIGHT / 2 * ((slope - 1) ** 2 + intercept**2)
+        error = expit(z) - is_kept
+        gradient = [error @ log_odds + _PRIOR_WEIGHT * (slope - 1), error.sum() + _PRIOR_WEIGHT * intercept]
+        return float(loss), np.array(gradient)
+
+    found = minimize(find_loss, np.array([1.0, 0.0]), jac=True, bounds=[(0, None), (None, None)], method="L-BFGS-B")
+    return float(found.x[0]), float(found.x[1])
+
+
+def save_calibration(path: Path, calibration: SurvivalCalibration) -> None:
+    """Write a calibration as JSON."""
+    content = {"block_sizes": {str(size): asdict(slots) for size, slots in calibration.sizes.items()}}
+    with write_atomically(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def load_calibration(path: Path) -> SurvivalCalibration:
+    """Read a calibration.
+
+    Raises:
+        CalibrationError: there is no such file, or it is not one.
+    """
+    how = "make one with scripts/calibrate_survival.py"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return SurvivalCalibration({int(size): _read_slots(slots) for size, slots in content["block_sizes"].items()})
+    except OSError as error:
+        raise CalibrationError(f"no survival calibration at {path} ({error.strerror}); {how}") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CalibrationError(f"{path} is not a survival calibration ({error!r}); {how}") from error
+
+
+def _read_slots(content: dict[str, Any]) -> SlotSurvival:
+    columns = [np.asarray(content[name], np.float64) for name in ("slope", "intercept", "rate")]
+    slope, intercept, rate = columns
+    if not (slope.ndim == 1 and slope.shape == intercept.shape == rate.shape):
+        raise ValueError("slope, intercept and rate must be lists of one length")
+    if not (np.isfinite(columns).all() and (slope >= 0).all() and (rate > 0).all() and (rate < 1).all()):
+        raise ValueError("slopes must be finite and not negative, intercepts finite, rates between 0 and 1")
+    return SlotSurvival(*(tuple(column.tolist()) for column in columns))
+
+
+def check_calibration(calibration: SurvivalCalibration, draft: DraftConfig, widths: Sequence[int]) -> None:
+    """Refuse a calibration that was not made for these block sizes of this drafter.
+
+    Raises:
+        CalibrationError: a block size is missing or has another number of slots.
+    """
+    for size in widths:
+        wanted, slots = draft.num_draft_tokens(size), calibration.sizes.get(size)
+        if slots is None:
+            known = ", ".join(map(str, sorted(calibration.sizes)))
+            raise CalibrationError(
+                f"the survival calibration has block sizes {known}, not {size}; choose among them, or calibrate anew "
+                "with scripts/calibrate_survival.py"
+            )
+        if len(slots.rate) != wanted:
+            raise CalibrationError(
+                f"the survival calibration has {len(slots.rate)} slots for blocks of {size}, the drafter drafts "
+                f"{wanted}; it belongs to another drafter: calibrate with scripts/calibrate_survival.py"
+            )

@@ -1,0 +1,248 @@
+"""Rounds of chosen width: the text is the target's, a cut block is a shorter block, a choice knows no later token."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domino_jax.config import SamplingConfig
+from domino_jax.decoding import adaptive_width, speculative
+from domino_jax.decoding.adaptive_width import DRAFTED, FREE, PLAIN_STRETCH, PLAIN_TO_THE_END
+from domino_jax.decoding.generate import Decoder, DecodingError
+from domino_jax.decoding.survival import CalibrationError, SlotSurvival, SurvivalCalibration
+from tests.decoding.test_chi_square import (
+    NUM_NEW,
+    PLAUSIBLE,
+    PROMPT,
+    REFUSED,
+    ROWS,
+    SAMPLING,
+    VOCAB,
+    exact_law,  # noqa: F401
+    p_values,
+    small_caches,  # noqa: F401
+)
+from tests.decoding.tiny_pair import SHARP, assert_same_text, make_decoder, make_prompts, propose_known, with_known
+
+WIDTHS = (2, 3, 5)
+LIMIT = np.int32(10_000)
+
+
+def make_calibration(widths=WIDTHS, rate=0.7, slope=1.0, intercept=0.0):
+    slots = {w: SlotSurvival((slope,) * w, (intercept,) * w, (rate,) * w) for w in widths}
+    return SurvivalCalibration(slots)
+
+
+def with_calibration(decoder, calibration):
+    params = decoder.params
+    return Decoder(
+        decoder.settings.target, params.target, decoder.settings.draft, params.draft, calibration=calibration
+    )
+
+
+def fake_costs(monkeypatch, plain_s, round_s):
+    """Let the loop believe these seconds instead of measured ones."""
+
+    def measure(settings, params, state, calibration, propose):
+        return adaptive_width.make_table(settings, calibration, plain_s, round_s)
+
+    monkeypatch.setattr("domino_jax.decoding.generate.measure_costs", measure)
+
+
+def linear_costs(draft_s, verify_s, widths=WIDTHS):
+    seconds = np.array([[d * draft_s + w * verify_s + 1.0 for w in widths] for d in widths])
+    return np.where(np.tril(np.ones_like(seconds)) > 0, seconds, np.inf)
+
+
+@pytest.mark.parametrize("rule", ["greedy", "seed-exact"])
+def test_text_is_the_targets_whatever_is_chosen(monkeypatch, rule):
+    fake_costs(monkeypatch, 1.0, linear_costs(0.01, 0.3))
+    decoder = with_calibration(make_decoder(), make_calibration())
+    prompts = make_prompts((3, 12, 16, 1, 7, 9, 14, 10))
+    sampling = [SamplingConfig() if rule == "greedy" else replace(SHARP, seed=i) for i in range(8)]
+    plain = decoder.generate(prompts, 40, sampling, [5], block_size=1)
+    adaptive = decoder.generate(prompts, 40, sampling, [5], verify_widths=WIDTHS)
+    assert_same_text(adaptive, plain)
+    widths = {w for (_, w), count in decoder.last_choices.items() if count and w > 1}
+    assert len(widths) > 1, "one width alone would prove nothing"
+
+
+@pytest.fixture(scope="module")
+def loop_input():
+    """Settings and a function that makes a fresh state after prefill."""
+    known = make_decoder().generate(make_prompts((6,) * 8, seed=2), 60, block_size=1)
+    spoiled = [g.prompt_ids + [(t + (i % 4 == 2)) % 48 for i, t in enumerate(g.output_ids)] for g in known]
+    decoder = with_known(make_decoder(), spoiled)
+    settings = replace(decoder.settings, block_size=5, verify_widths=WIDTHS)
+    rows = (make_prompts((6,) * 8, seed=2), [50, 20, 33, 50, 41, 9, 50, 27], [SamplingConfig()] * 8, [()] * 8)
+    return decoder, settings, lambda: decoder.start_batch(settings, *rows, 8)[1]
+
+
+def propose(settings, params, state):
+    usual = speculative.propose_block(settings, params, state)
+    return usual.replace(tokens=propose_known(settings, params, state).tokens)
+
+
+def decode(loop_input, order, calibration=None, plain_s=1.0, round_s=None):
+    decoder, settings, start = loop_input
+    round_s = linear_costs(0.1, 0.1) if round_s is None else round_s
+    table = adaptive_width.make_table(settings, calibration or make_calibration(), plain_s, round_s)
+    return adaptive_width.decode_adaptive(
+        settings, decoder.params, start(), table, np.asarray(order, np.int32), LIMIT, propose
+    )
+
+
+def assert_same_rows(one, other, names=("sources", "acceptance_lengths", "num_rounds")):
+    np.testing.assert_array_equal(one.committed_len, other.committed_len)
+    for name in ("tokens", *names):
+        for a, b, n in zip(getattr(one, name), getattr(other, name), one.committed_len, strict=True):
+            np.testing.assert_array_equal(np.ravel(a)[:n], np.ravel(b)[:n])
+
+
+def test_cut_block_is_a_block_that_ends_there(loop_input):
+    """Drafting 5 and verifying 3 commits, counts and names sources as blocks do that hold 3 drafts."""
+    decoder, settings, start = loop_input
+    cut, progress = decode(loop_input, (DRAFTED, 2, 1))
+    short = replace(settings, block_size=3, verify_widths=())
+    fixed = speculative.decode_speculative(short, decoder.params, start(), propose)
+    assert int(progress.choices[2, 1]) == int(progress.num_rounds) == int(jnp.max(fixed.num_rounds))
+    assert_same_rows(cut, fixed)
+    assert np.asarray(fixed.acceptance_lengths).max() == 4
+    for a, b in zip(jax.tree.leaves(cut.draft_cache), jax.tree.leaves(fixed.draft_cache), strict=True):
+        assert a.shape == b.shape
+    before = int(fixed.committed_len.min()) - 1
+    np.testing.assert_allclose(
+        cut.draft_cache.values[0][:, :, :before], fixed.draft_cache.values[0][:, :, :before], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind", [PLAIN_TO_THE_END, PLAIN_STRETCH])
+def test_plain_rounds(loop_input, kind):
+    state, progress = decode(loop_input, (kind, 0, 0))
+    drafted, _ = decode(loop_input, (DRAFTED, 2, 2))
+    assert_same_rows(state, drafted, names=())
+    num_new = state.committed_len - 7  # the prompt and the prefill's token
+    np.testing.assert_array_equal(state.num_rounds, num_new)
+    np.testing.assert_array_equal(state.acceptance_lengths.sum(axis=1), num_new)
+    assert np.asarray(state.acceptance_lengths).max() == 1
+    assert int(progress.num_plain) == int(num_new.max())
+
+
+def test_stretch_catches_the_drafts_context_up(monkeypatch, loop_input):
+    """After plain rounds a draft sees what it would have seen without them."""
+    monkeypatch.setattr(adaptive_width, "_STRETCH_LEN", 8)
+    decoder, settings, start = loop_input
+    table = adaptive_width.make_table(settings, make_calibration(), 1.0, linear_costs(0.1, 0.1))
+    results = []
+    for order in ((PLAIN_STRETCH, 0, 0), (DRAFTED, 0, 0)):
+        state, _ = jax.jit(
+            lambda state, order: adaptive_width.run_adaptive(
+                settings, decoder.params, state, table, order, jnp.int32(8), propose
+            )
+        )(start(), jnp.asarray(order, jnp.int32))
+        results.append(state)
+    plain, drafted = results
+    n = int(jnp.minimum(plain.committed_len, drafted.committed_len).min()) - 1
+    assert n >= 13
+    for layer_plain, layer_drafted in zip(plain.draft_cache.keys, drafted.draft_cache.keys, strict=True):
+        np.testing.assert_allclose(layer_plain[..., :n], layer_drafted[..., :n], atol=1e-5)
+
+
+def test_drafter_that_does_badly_is_left(loop_input):
+    """Rates of this text overrule those of held-out ones, and dear rounds are never begun."""
+    promising = make_calibration(rate=0.8)
+    _, begun = decode(loop_input, FREE, promising, plain_s=1.0, round_s=linear_costs(0.2, 0.2))
+    assert int(begun.choices.sum()) > 0 and int(begun.num_plain) > 0
+    _, never = decode(loop_input, FREE, promising, plain_s=1.0, round_s=linear_costs(2.0, 2.0))
+    assert int(never.choices.sum()) == 0
+    _, always = decode(loop_input, FREE, promising, plain_s=1.0, round_s=linear_costs(0.01, 0.01))
+    assert int(always.num_plain) == 0
+
+
+def test_width_follows_confidence():
+    settings = replace(make_decoder().settings, block_size=5, verify_widths=WIDTHS, rule="greedy")
+    table = adaptive_width.make_table(settings, make_calibration(), 1.0, linear_costs(0.0, 0.4))
+
+    def choose(*rows):
+        width = adaptive_width.choose_width(
+            settings, table, jnp.int32(2), jnp.array(rows), jnp.array([True, True]), jnp.array(1.0)
+        )
+        return WIDTHS[int(width)]
+
+    sure, unsure, half = [0.99] * 5, [0.05] * 5, [0.9, 0.9, 0.9, 0.05, 0.05]
+    assert [choose(sure, sure), choose(unsure, unsure), choose(half, half)] == [5, 2, 3]
+    worth = adaptive_width.choose_width(
+        settings, table, jnp.int32(2), jnp.array([unsure, sure]), jnp.array([False, True]), jnp.array(1.0)
+    )
+    assert WIDTHS[int(worth)] == 5, "a row that is done has no say"
+
+
+def test_measured_costs_grow_with_the_width_that_is_there():
+    decoder = with_calibration(make_decoder(), make_calibration())
+    decoder.generate(make_prompts((3, 5)), 30, verify_widths=WIDTHS)
+    (table,) = decoder._width_tables.values()
+    is_possible = np.tril(np.ones((3, 3), bool))
+    assert np.isfinite(np.asarray(table.round_s)[is_possible]).all() and (np.asarray(table.round_s) > 0).all()
+    assert np.isinf(np.asarray(table.round_s)[~is_possible]).all() and float(table.plain_s) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"verify_widths": (1, 3)}, "from 2 on"),
+        ({"verify_widths": (3, 3)}, "different block sizes"),
+        ({"verify_widths": (2, 3), "block_size": 5}, "largest of verify_widths is 3"),
+        ({"verify_widths": (2, 3), "rule": "rejection", "sampling": SHARP}, "a seed of its own"),
+        ({"verify_widths": (2, 4)}, "has block sizes 2, 3, 5, not 4"),
+    ],
+)
+def test_refusals(arguments, message):
+    decoder = with_calibration(make_decoder(), make_calibration())
+    with pytest.raises((DecodingError, CalibrationError), match=message):
+        decoder.generate(make_prompts((3, 4)), 5, **arguments)
+    with pytest.raises(DecodingError, match="need a survival calibration"):
+        make_decoder().generate(make_prompts((3,)), 5, verify_widths=(2, 3))
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return make_decoder(vocab=VOCAB, block=3, mask_id=7)
+
+
+def draw_alone(decoder, first_seed, cheat):
+    """Draw sequences whose width is decided for each by itself: a batch of batches of one row."""
+    settings = replace(
+        decoder.settings, block_size=3, rule="rejection", has_filters=True, verify_widths=(2, 3), num_candidates=0
+    )
+    sampling = [replace(SAMPLING, seed=first_seed + i) for i in range(ROWS)]
+    params, state = decoder.start_batch(settings, [PROMPT] * ROWS, [NUM_NEW] * ROWS, sampling, [()] * ROWS, ROWS)
+    # Steep: a slot is taken to be kept or refused, by whether its confidence is above a third or so.
+    calibration = make_calibration((2, 3), rate=0.6, slope=6.0, intercept=4.0)
+    table = adaptive_width.make_table(settings, calibration, 9.0, np.array([[1.0, np.inf], [1.0, 1.2]]))
+
+    def propose(settings, params, state):
+        usual = speculative.propose_block(settings, params, state)
+        if not cheat:
+            return usual
+        own = jnp.take_along_axis(usual.probs, usual.tokens[..., None], axis=-1)[..., 0]
+        return usual.replace(confidence=own)
+
+    def run(state):
+        return adaptive_width.run_adaptive(settings, params, state, table, jnp.asarray(FREE), jnp.int32(99), propose)
+
+    alone = jax.tree.map(lambda x: x[:, None], state)
+    state, progress = jax.jit(jax.vmap(run))(alone)
+    start = len(PROMPT)
+    return np.asarray(state.tokens[:, 0, start : start + NUM_NEW]), np.asarray(progress.choices).sum(axis=0)
+
+
+@pytest.mark.parametrize("cheat", [False, True])
+def test_law_where_width_is_chosen(decoder, exact_law, cheat):  # noqa: F811
+    """A width chosen by the laws before a token keeps its law; chosen by the token itself it does not."""
+    draws = [draw_alone(decoder, 10_000 * (i + 1), cheat) for i in range(8)]
+    counts = sum(d[1] for d in draws)[1]
+    assert counts.min() > 0.05 * counts.sum(), f"both widths must occur: {counts}"
+    p = min(p_values(np.concatenate([d[0] for d in draws]), exact_law))
+    assert p < REFUSED if cheat else p > PLAUSIBLE
