@@ -16,7 +16,7 @@ from scipy.special import expit, logit
 
 from domino_jax.config import ConfigError, DraftConfig
 from domino_jax.durable import write_atomically
-from domino_jax.shapes import Array, Bool, Float
+from domino_jax.shapes import Bool, Float, Int
 
 FILE_NAME = "survival.json"
 """What a calibration is called beside the drafter's weights."""
@@ -52,20 +52,20 @@ class SurvivalCalibration:
     sizes: Mapping[int, SlotSurvival]
 
 
-def fit_slots(confidence: Float[np.ndarray, "rounds P"], num_kept: Sequence[int]) -> SlotSurvival:
+def fit_slots(confidence: Float[np.ndarray, "rounds P"], num_kept: Int[np.ndarray, " rounds"]) -> SlotSurvival:
     """Fit every slot's map by penalised logistic regression on the rounds that kept all drafts before it."""
     log_odds = logit(np.clip(np.asarray(confidence, np.float64), 1e-6, 1 - 1e-6))
     slots = []
     for k in range(log_odds.shape[1]):
-        reached = np.asarray(num_kept) >= k
-        is_kept = (np.asarray(num_kept) > k)[reached]
+        reached = num_kept >= k
+        is_kept = (num_kept > k)[reached]
         slope, intercept = _fit_map(log_odds[reached, k], is_kept)
         slots.append((slope, intercept, (is_kept.sum() + 1) / (is_kept.size + 2)))
     return SlotSurvival(*(tuple(float(v) for v in column) for column in zip(*slots, strict=True)))
 
 
 def _fit_map(log_odds: Float[np.ndarray, " n"], is_kept: Bool[np.ndarray, " n"]) -> tuple[float, float]:
-    def find_loss(numbers: Array) -> tuple[float, Array]:
+    def find_loss(numbers: Float[np.ndarray, " 2"]) -> tuple[float, Float[np.ndarray, " 2"]]:
         slope, intercept = numbers
         z = slope * log_odds + intercept
         loss = np.sum(np.logaddexp(0, z) - is_kept * z) + _PRIOR_WEIGHT / 2 * ((slope - 1) ** 2 + intercept**2)
