@@ -3,7 +3,7 @@
     python bench.py --target DIR_OR_ID --draft DIR_OR_ID --prompts FILE.jsonl --max-new-tokens 256 --output rows.jsonl
 
 A line of the prompt file is {"prompt": str} (continued as it stands), {"messages": [...]} (by the chat template) or
-{"prompt_ids": [int]}. What a row holds: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
+{"prompt_ids": [int]}; a name of the paper's sets does too. Rows: `domino_jax.evaluation.benchmark.ROW_FIELDS`.
 
     python bench.py --target DIR_OR_ID --draft DIR_OR_ID --profile --contexts 128 1024 --batches 1 8 --output rows.jsonl
 

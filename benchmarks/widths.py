@@ -26,8 +26,8 @@ from domino_jax.evaluation.prompts import load_prompts
 from domino_jax.runs import options
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line, this process's own by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=options.positive, default=112)
     parser.add_argument("--repeats", type=options.positive, default=3)
     parser.add_argument("--output", type=Path, required=True, help="folder; rows are added to what is there")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def measure_batch(

@@ -97,6 +97,8 @@ def load_program(path):
             {
                 "scripts/compare_transformers.py",
                 "scripts/run_ablations.py",
+                "scripts/calibrate_survival.py",
+                "benchmarks/widths.py",
                 "benchmarks/serving_load.py",
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
-from domino_jax.decoding.adaptive_width import FREE, WidthTable, decode_adaptive, measure_costs
+from domino_jax.decoding.adaptive_width import FREE, decode_adaptive, measure_costs
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
 from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams, default_num_candidates
 from domino_jax.decoding.survival import SurvivalCalibration, check_calibration
+from domino_jax.decoding.width_choice import WidthTable, name_choices
 from domino_jax.models.draft_backbone import init_draft_cache
 from domino_jax.models.qwen3 import init_target_cache
 from domino_jax.ops.kv_cache import KVCache
@@ -199,16 +200,11 @@ class Decoder:
         if self.layout:
             raise DecodingError("verify_widths need a single device; leave them or the mesh out")
         if min(widths) < 2 or len(set(widths)) < len(widths):
-            raise DecodingError(
-                f"verify_widths are {list(widths)}; give different block sizes from 2 on (plain decoding is always "
-                "among the choices)"
-            )
+            raise DecodingError(f"verify_widths are {list(widths)}; give different block sizes from 2 on")
         if block_size not in (None, max(widths)):
             raise DecodingError(
                 f"block_size is {block_size} but the largest of verify_widths is {max(widths)}; leave one of them out"
             )
-        for width in widths:
-            draft.num_draft_tokens(width)
         if self.calibration is None:
             raise DecodingError(
                 "verify_widths need a survival calibration of the drafter; make one with "
@@ -281,9 +277,7 @@ class Decoder:
         state = jax.block_until_ready(state)
         self.last_timings = Timings(prefill_s, time.perf_counter() - first_token_at)
         if table is not None:
-            choices = np.argwhere(np.asarray(progress.choices))
-            names = {(loop.verify_widths[d], loop.verify_widths[w]): int(progress.choices[d, w]) for d, w in choices}
-            self.last_choices = {(1, 1): int(progress.num_plain)} | names
+            self.last_choices = name_choices(loop, progress)
         return _to_generations(loop, state, prompts, budgets)
 
     def _find_table(

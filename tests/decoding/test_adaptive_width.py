@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from domino_jax.config import SamplingConfig
-from domino_jax.decoding import adaptive_width, speculative
-from domino_jax.decoding.adaptive_width import DRAFTED, FREE, PLAIN_STRETCH, PLAIN_TO_THE_END
+from domino_jax.decoding import adaptive_width, speculative, width_choice
+from domino_jax.decoding.adaptive_width import FREE
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.decoding.survival import CalibrationError, SlotSurvival, SurvivalCalibration
+from domino_jax.decoding.width_choice import DRAFTED, PLAIN_STRETCH, PLAIN_TO_THE_END
 from tests.decoding.test_chi_square import (
     NUM_NEW,
     PLAUSIBLE,
@@ -47,7 +48,7 @@ def fake_costs(monkeypatch, plain_s, round_s):
     """Let the loop believe these seconds instead of measured ones."""
 
     def measure(settings, params, state, calibration, propose):
-        return adaptive_width.make_table(settings, calibration, plain_s, round_s)
+        return width_choice.make_table(settings, calibration, plain_s, round_s)
 
     monkeypatch.setattr("domino_jax.decoding.generate.measure_costs", measure)
 
@@ -89,7 +90,7 @@ def propose(settings, params, state):
 def decode(loop_input, order, calibration=None, plain_s=1.0, round_s=None):
     decoder, settings, start = loop_input
     round_s = linear_costs(0.1, 0.1) if round_s is None else round_s
-    table = adaptive_width.make_table(settings, calibration or make_calibration(), plain_s, round_s)
+    table = width_choice.make_table(settings, calibration or make_calibration(), plain_s, round_s)
     return adaptive_width.decode_adaptive(
         settings, decoder.params, start(), table, np.asarray(order, np.int32), LIMIT, propose
     )
@@ -135,7 +136,7 @@ def test_stretch_catches_the_drafts_context_up(monkeypatch, loop_input):
     """After plain rounds a draft sees what it would have seen without them."""
     monkeypatch.setattr(adaptive_width, "_STRETCH_LEN", 8)
     decoder, settings, start = loop_input
-    table = adaptive_width.make_table(settings, make_calibration(), 1.0, linear_costs(0.1, 0.1))
+    table = width_choice.make_table(settings, make_calibration(), 1.0, linear_costs(0.1, 0.1))
     results = []
     for order in ((PLAIN_STRETCH, 0, 0), (DRAFTED, 0, 0)):
         state, _ = jax.jit(
@@ -164,17 +165,17 @@ def test_drafter_that_does_badly_is_left(loop_input):
 
 def test_width_follows_confidence():
     settings = replace(make_decoder().settings, block_size=5, verify_widths=WIDTHS, rule="greedy")
-    table = adaptive_width.make_table(settings, make_calibration(), 1.0, linear_costs(0.0, 0.4))
+    table = width_choice.make_table(settings, make_calibration(), 1.0, linear_costs(0.0, 0.4))
 
     def choose(*rows):
-        width = adaptive_width.choose_width(
+        width = width_choice.choose_width(
             settings, table, jnp.int32(2), jnp.array(rows), jnp.array([True, True]), jnp.array(1.0)
         )
         return WIDTHS[int(width)]
 
     sure, unsure, half = [0.99] * 5, [0.05] * 5, [0.9, 0.9, 0.9, 0.05, 0.05]
     assert [choose(sure, sure), choose(unsure, unsure), choose(half, half)] == [5, 2, 3]
-    worth = adaptive_width.choose_width(
+    worth = width_choice.choose_width(
         settings, table, jnp.int32(2), jnp.array([unsure, sure]), jnp.array([False, True]), jnp.array(1.0)
     )
     assert WIDTHS[int(worth)] == 5, "a row that is done has no say"
@@ -222,7 +223,7 @@ def draw_alone(decoder, first_seed, cheat):
     # Steep: a slot is taken to be kept or refused, by whether its confidence is above a third or so.
     slots = {w: SlotSurvival((6.0,) * (w - 1), (4.0,) * (w - 1), (0.6,) * (w - 1)) for w in (2, 3)}
     calibration = SurvivalCalibration(slots)
-    table = adaptive_width.make_table(settings, calibration, 9.0, np.array([[1.1, np.inf], [1.0, 1.2]]))
+    table = width_choice.make_table(settings, calibration, 9.0, np.array([[1.1, np.inf], [1.0, 1.2]]))
 
     def propose(settings, params, state):
         usual = speculative.propose_block(settings, params, state)
