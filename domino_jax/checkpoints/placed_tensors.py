@@ -36,8 +36,8 @@ _T = TypeVar("_T")
 _Box = tuple[tuple[int, int], tuple[int, int]]
 """First and end row, first and end column of a tensor as the file has it, seen as a matrix."""
 
-_BLOCK_BYTES = 8 << 20
-"""Read at once: large enough for a disk, small enough for the caches of a CPU."""
+_BLOCK_BYTES = 1 << 20
+"""Read at once where values are cast or turned: what a core's own cache holds; the system reads ahead of it."""
 
 _PIECE_BYTES = 128 << 20
 """Held by the host of one tensor, all devices together, unless a single row is larger."""
