@@ -5,15 +5,14 @@ at a time, in the order of the files. Of every tensor a process reads what its o
 pieces of some rows, cast on the way.
 
 Accelerators: a piece goes through one host buffer a device. A device's part that is larger than a piece is put together
-on the device; turning happens there too. Next pieces are read while one is put in place, so the host holds four pieces,
-or what its devices hold of three tensors that are turned, however large a file or the checkpoint is.
+on the device; turning happens there too. The next piece is read while one is put in place, so the host holds three
+pieces, or what its devices hold of one tensor that is turned, however large a file or the checkpoint is.
 
 CPU devices, whose memory is the host's: a device's part is read, cast and turned into new memory which the device takes
 over as it is, so that beside the parameters the host holds blocks only. Such an array does not own its memory: what it
 is donated to makes a copy. Knows no model.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -44,9 +43,6 @@ _PIECE_BYTES = 128 << 20
 
 _TURNED_ROWS = 32
 """Turned at once: as many values of two bytes as a cache line of a CPU holds, so that each is written once."""
-
-_READERS = 2
-"""Threads that read: one waits for the disk while another casts or turns."""
 
 _ALIGNMENT = 64
 """Bytes. Source: XLA's CPU client takes a host buffer over without a copy where it is aligned to this."""
@@ -177,7 +173,7 @@ def iterate_staged(
         _read_piece(piece, parts, buffers)
         return parts
 
-    for piece, parts in _ahead(read, _plan_pieces(files, places.boxes, float_type.itemsize)):
+    for piece, parts in _one_ahead(read, _plan_pieces(files, places.boxes, float_type.itemsize)):
         row = places.rows[piece.tensor.name]
         for device, box in places.boxes[row.public].items():
             if box in parts:
@@ -214,7 +210,7 @@ def _iterate_taken_over(
             parts[box] = matrix[piece.rows[0] - box[0][0] : piece.rows[1] - box[0][0]]
         _read_piece(piece, parts, buffers)
 
-    for piece, _ in _ahead(read, plan()):
+    for piece, _ in _one_ahead(read, plan()):
         if piece.is_last:
             row = places.rows[piece.tensor.name]
             parts = held.pop(row.public)
@@ -336,18 +332,13 @@ def _turning(sharding: NamedSharding) -> Any:
     return jax.jit(lambda matrix: matrix.T, out_shardings=sharding)
 
 
-def _ahead(read: Callable[[_Piece], _T], pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, _T]]:
-    """Yield pieces with what `read` gives of each; while one is used, the next are read in threads."""
-    reading: deque[tuple[_Piece, Future[_T]]] = deque()
-    pool = ThreadPoolExecutor(_READERS, "read-ahead")
-    try:
+def _one_ahead(read: Callable[[_Piece], _T], pieces: Iterator[_Piece]) -> Iterator[tuple[_Piece, _T]]:
+    """Yield pieces with what `read` gives of each; while one is used, the next is read in a thread."""
+    with ThreadPoolExecutor(1, "read-ahead") as pool:
+        upcoming: tuple[_Piece, Future[_T]] | None = None
         for piece in pieces:
-            reading.append((piece, pool.submit(read, piece)))
-            if len(reading) > _READERS:
-                first, result = reading.popleft()
-                yield first, result.result()
-        while reading:
-            first, result = reading.popleft()
-            yield first, result.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+            current, upcoming = upcoming, (piece, pool.submit(read, piece))
+            if current:
+                yield current[0], current[1].result()
+        if upcoming:
+            yield upcoming[0], upcoming[1].result()

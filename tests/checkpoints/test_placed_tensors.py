@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,29 +133,6 @@ def test_devices_of_a_cpu_take_over_what_was_read(tmp_path: Path, monkeypatch) -
     leaves = jax.tree.leaves(params)
     assert len(leaves) == len(public)
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves} <= made
-
-
-def test_pieces_ahead_are_few_and_read_side_by_side(tmp_path: Path, monkeypatch) -> None:
-    """Two are read at once, and a consumer that waits has no more than two read for it."""
-    write_small(tmp_path)
-    monkeypatch.setattr(placed_tensors, "_PIECE_BYTES", 1)
-    both = threading.Barrier(2)
-    begun = []
-    read_part = placed_tensors.read_part
-
-    def record(descriptor, tensor, rows, columns, out):
-        begun.append(rows)
-        if len(begun) <= 2:
-            both.wait(timeout=20)
-        read_part(descriptor, tensor, rows, columns, out)
-
-    monkeypatch.setattr(placed_tensors, "read_part", record)
-    files = TensorFiles(tmp_path)
-    pieces = placed_tensors.iterate_staged(files, target_table(SMALL), np.dtype(np.float32))
-    first, _ = next(pieces)
-    num_pieces = first.shape[0]  # a row each
-    assert num_pieces <= len(begun) <= num_pieces + 2
-    pieces.close()
 
 
 def test_a_consumer_that_ends_early_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
