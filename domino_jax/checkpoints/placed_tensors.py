@@ -287,9 +287,16 @@ def _read_piece(piece: _Piece, parts: dict[_Box, np.ndarray], buffers: _Buffers)
 
 
 def _copy(block: np.ndarray, name: str, part: np.ndarray) -> None:
-    step = len(block) if part.flags.c_contiguous else _TURNED_ROWS
-    for start in range(0, len(block), step):
-        cast(block[start : start + step], name, part[start : start + step])
+    if part.flags.c_contiguous:
+        cast(block, name, part)
+        return
+    for start in range(0, len(block), _TURNED_ROWS):
+        strip = block[start : start + _TURNED_ROWS]
+        if strip.dtype != part.dtype:  # numpy is slow at both in one step
+            turnable = np.empty(strip.shape, part.dtype)
+            cast(strip, name, turnable)
+            strip = turnable
+        np.copyto(part[start : start + _TURNED_ROWS], strip)
 
 
 def _put(part: np.ndarray, first: int, box: _Box, device: Any, held: jax.Array | None, row: TensorName) -> jax.Array:
