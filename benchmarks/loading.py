@@ -6,14 +6,16 @@ The checkpoint is made where it is not there yet: bfloat16 tensors of Qwen3-4B's
 4 GB in files of 1 GB. A case is `TYPE` or `TYPE@DATAxMODEL`, with `+fsdp`: a mesh of virtual devices, all of them this
 process's own. Every measurement has its own process, in which it is done twice: pass 1 compiles, pass 2 does not. Files
 are dropped from the system's cache first (`posix_fadvise`), also before `raw_s`, which reads them into one buffer.
+Memory is claimed and freed before each pass: a virtual machine may have given its free memory back to its host, and new
+pages then cost many times what they cost a loader elsewhere.
 
 What is measured on a CPU, whose devices' memory is the host's: the highest resident set (`VmHWM`, set back before; not
 `ru_maxrss`, which a larger parent or the imports would hide it in) less what was resident before, less the parameters.
 
-- `kept`: `load_target` as it is called; the parameters, each buffer once, are taken off. Too small where a device took
-  over what the host had read: an accelerator copies.
-- `released`: each array is deleted as soon as it is on its devices, as memory of an accelerator is none of the host's;
-  nothing is taken off. Too large by what the devices hold of the tensor being placed.
+- `kept`: `load_target` as it is called; the parameters, each buffer once, are taken off: a CPU's devices take over what
+  the host has read, so this is what is held beside them.
+- `released`: as accelerators are loaded. Each array is deleted as soon as it is on its devices, as memory of an
+  accelerator is none of the host's; nothing is taken off. Too large by what devices hold of the tensor being placed.
 - `buffers`: as `released`, but `host_bytes` is the most that Python and numpy held at once (`tracemalloc`): what a host
   with accelerators needs, the runtime's own buffers aside.
 - `control`: all files are read, then placed (first case only): a loader of which this measurement must tell that it
@@ -43,7 +45,7 @@ from safetensors.numpy import load_file
 
 from domino_jax.checkpoints.config_json import write_target_config
 from domino_jax.checkpoints.huggingface import CONFIG_FILE, load_target, read_target_config, target_table
-from domino_jax.checkpoints.placed_tensors import iterate_placed
+from domino_jax.checkpoints.placed_tensors import iterate_staged
 from domino_jax.checkpoints.safetensors_io import TensorFiles, parse_float_type, write_json, write_tensors
 from domino_jax.config import TargetConfig
 from domino_jax.run_config import MeshConfig
@@ -111,6 +113,11 @@ def drop_from_cache(files: list[Path]) -> None:
         os.close(descriptor)
 
 
+def claim_memory(num_bytes: int) -> None:
+    """Have the system own this much free memory; numpy asks for huge pages."""
+    np.empty(num_bytes, np.uint8)[::4096] = 1
+
+
 def time_raw(files: list[Path], keeps: bool) -> float:
     """Return the seconds of reading files from the disk, into one buffer or into new memory."""
     drop_from_cache(files)
@@ -146,7 +153,7 @@ def load(directory: Path, dtype: str, layout: Layout | None, manner: str) -> tup
         return arrays, count_buffers(arrays)
     num_bytes = 0
     table = target_table(read_target_config(str(directory))[0])
-    for _, array in iterate_placed(TensorFiles(directory), table, parse_float_type(dtype), layout):
+    for _, array in iterate_staged(TensorFiles(directory), table, parse_float_type(dtype), layout):
         num_bytes += count_buffers([array])
         array.delete()
     return [], num_bytes
@@ -159,6 +166,8 @@ def measure(directory: Path, case: str, manner: str) -> list[dict]:
     jnp.zeros(1).block_until_ready()
     rows = []
     for number in (1, 2):
+        drop_from_cache(files)
+        claim_memory(sum(file.stat().st_size for file in files))
         raw_s, raw_kept_s = time_raw(files, keeps=False), time_raw(files, keeps=True)
         drop_from_cache(files)
         gc.collect()

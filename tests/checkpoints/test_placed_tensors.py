@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from domino_jax.checkpoints import placed_tensors, safetensors_io
+from domino_jax.checkpoints import huggingface, placed_tensors, safetensors_io
 from domino_jax.checkpoints.huggingface import load_target, target_table
 from domino_jax.checkpoints.safetensors_io import CheckpointError, TensorFiles, open_tensors, read_part
 from tests.checkpoints.test_huggingface import SMALL, write_small
@@ -20,8 +20,17 @@ from tests.checkpoints.test_huggingface import SMALL, write_small
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(params=["taken over", "staged"])
+def manner(request, monkeypatch) -> str:
+    """Load as on a CPU, whose devices take memory of the host over, and as on accelerators."""
+    if request.param == "staged":
+        monkeypatch.setattr(huggingface, "iterate_placed", placed_tensors.iterate_staged)
+    return request.param
+
+
 @pytest.mark.parametrize(("piece", "block"), [(1 << 20, 1 << 20), (100, 40), (1, 1)])
 @pytest.mark.parametrize(("stored", "wanted"), [(np.float32, "float32"), (ml_dtypes.bfloat16, "float32")])
+@pytest.mark.usefixtures("manner")
 def test_pieces_and_blocks_of_any_size_give_the_same_bits(
     tmp_path: Path, monkeypatch, piece: int, block: int, stored, wanted: str
 ) -> None:
@@ -37,6 +46,7 @@ def test_pieces_and_blocks_of_any_size_give_the_same_bits(
         np.testing.assert_array_equal(np.asarray(leaf), expected.astype(wanted), err_msg=row.public)
 
 
+@pytest.mark.usefixtures("manner")
 def test_subnormal_numbers_survive(tmp_path: Path) -> None:
     public = write_small(tmp_path)
     tiny = np.full_like(public["model.norm.weight"], 1e-40)
@@ -73,6 +83,7 @@ def test_a_part_is_read_without_the_bytes_beside_it(tmp_path: Path, monkeypatch)
     assert np.array_equal(some_columns, public[name][2:4, 3:7])
 
 
+@pytest.mark.usefixtures("manner")
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch) -> None:
     public = write_small(tmp_path)
     preadv = os.preadv
@@ -96,6 +107,7 @@ def test_a_file_cut_after_it_was_checked_is_named(tmp_path: Path) -> None:
         list(placed_tensors.iterate_placed(files, target_table(SMALL), np.dtype(np.float32)))
 
 
+@pytest.mark.usefixtures("manner")
 def test_float16_overflow_is_named(tmp_path: Path) -> None:
     public = write_small(tmp_path)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -103,6 +115,24 @@ def test_float16_overflow_is_named(tmp_path: Path) -> None:
     safetensors_io.write_tensors(tmp_path, {n: t.shape for n, t in large.items()}, large.__getitem__, "float32")
     with pytest.raises(CheckpointError, match=rf"{name} has values that float16 cannot hold"):
         load_target(str(tmp_path), "float16")
+
+
+def test_devices_of_a_cpu_take_over_what_was_read(tmp_path: Path, monkeypatch) -> None:
+    """No second copy: the parameters lie where they were read to, embeddings and turned weights alike."""
+    public = write_small(tmp_path)
+    made: set[int] = set()
+    new_array = placed_tensors._new_array
+
+    def record(shape, float_type):
+        array = new_array(shape, float_type)
+        made.add(array.ctypes.data)
+        return array
+
+    monkeypatch.setattr(placed_tensors, "_new_array", record)
+    _, params = load_target(str(tmp_path), "bfloat16")
+    leaves = jax.tree.leaves(params)
+    assert len(leaves) == len(public)
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves} <= made
 
 
 def test_a_consumer_that_ends_early_leaves_no_thread_and_no_open_file(tmp_path: Path) -> None:
@@ -114,6 +144,7 @@ def test_a_consumer_that_ends_early_leaves_no_thread_and_no_open_file(tmp_path: 
     assert not before or len(os.listdir("/proc/self/fd")) == len(before)
 
 
+@pytest.mark.usefixtures("manner")
 def test_loaded_parameters_may_be_donated(tmp_path: Path) -> None:
     """What was read lies in a buffer of the host's; giving it away must neither warn nor change what is computed."""
     public = write_small(tmp_path)

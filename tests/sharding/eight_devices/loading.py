@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from domino_jax.checkpoints import placed_tensors
+from domino_jax.checkpoints import huggingface, placed_tensors
 from domino_jax.checkpoints.huggingface import (
     draft_table,
     load_draft,
@@ -37,9 +37,12 @@ def flatten(params):
     return {tuple(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
 
 
+@pytest.mark.parametrize("manner", ["taken over", "staged"])
 @pytest.mark.parametrize("piece", [1 << 27, 600], ids=["whole parts", "many pieces"])
 @pytest.mark.parametrize("mesh", choose_quick((1, 8, False), (2, 4, True)))
-def test_parameters_on_a_mesh_are_those_of_the_files(saved, monkeypatch, mesh, piece):
+def test_parameters_on_a_mesh_are_those_of_the_files(saved, monkeypatch, mesh, piece, manner):
+    if manner == "staged":
+        monkeypatch.setattr(huggingface, "iterate_placed", placed_tensors.iterate_staged)
     monkeypatch.setattr(placed_tensors, "_PIECE_BYTES", piece)
     layout = make_layout(*mesh)
     for dtype in ("float32", "bfloat16"):
@@ -65,11 +68,12 @@ def test_a_device_is_sent_its_own_part_alone(saved, monkeypatch):
     sent = []
     put = placed_tensors._put
 
-    def record(piece, box, *others):
-        sent.append(piece.parts[box].nbytes)
-        return put(piece, box, *others)
+    def record(part, *others):
+        sent.append(part.nbytes)
+        return put(part, *others)
 
     monkeypatch.setattr(placed_tensors, "_put", record)
+    monkeypatch.setattr(huggingface, "iterate_placed", placed_tensors.iterate_staged)
     _, params = load_target(str(saved / "target"), "float32", make_layout(2, 4, True))
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
