@@ -19,9 +19,9 @@ from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
 from domino_jax.models.domino_head import DominoHead, update_state
 from domino_jax.models.qwen3 import embed_tokens
 from domino_jax.ops.products import einsum_in_float32
-from domino_jax.ops.ranking import first_argmax, top_indices
+from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import SamplingParams, add_noise, gumbel_noise, row_probabilities, scale_and_filter
-from domino_jax.ops.vocabulary import choose, choose_and_look_up, look_up
+from domino_jax.ops.vocabulary import choose, choose_and_look_up, choose_top, look_up
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import constrain_tree, gather_parameter
 
@@ -111,12 +111,12 @@ def _find_candidates(
     settings: DecodeSettings, sampling: SamplingParams, base_logits: Float[Array, "B P V"], noise: Array | None
 ) -> Int[Array, "B P M"]:
     if noise is None:
-        return top_indices(base_logits, settings.num_candidates)
+        return choose_top(base_logits, settings.num_candidates)
     # A filter keeps the likely tokens whatever their noise is: the rows that have one take their candidates from those.
     is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     takes_noise = (sampling.temperature > 0) & ~is_filtered
     scaled = scale_and_filter(base_logits, sampling, has_filters=False)
-    return top_indices(scaled + jnp.where(takes_noise[:, None, None], noise, 0.0), settings.num_candidates)
+    return choose_top(scaled + jnp.where(takes_noise[:, None, None], noise, 0.0), settings.num_candidates)
 
 
 def _roll_out_head(

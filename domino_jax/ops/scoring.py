@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from domino_jax.ops.ranking import top_indices
+from domino_jax.ops.vocabulary import choose_top
 from domino_jax.shapes import Array, Float, Int
 
 
@@ -40,6 +40,6 @@ def score_tokens(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], num_t
     logits = logits.astype(jnp.float32)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - normaliser
-    top_ids = top_indices(logits, num_top)
+    top_ids = choose_top(logits, num_top)
     top = jnp.take_along_axis(logits, top_ids, axis=-1)
     return Scores(chosen, top_ids.astype(jnp.int32), top - normaliser[..., None])

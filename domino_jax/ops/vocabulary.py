@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from domino_jax.ops.ranking import first_argmax
+from domino_jax.ops.ranking import first_argmax, top_indices
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import DATA, MODEL, count_shards, split_axes
 
@@ -40,6 +40,23 @@ def choose(values: Float[Array, "*at V"]) -> Int[Array, "*at"]:
         best, token_ids = _best_of(part)
         packed = jnp.stack([_to_words(best), _to_words(token_ids)], axis=-1)
         return _from_words(_take_best(packed)[..., 1], jnp.int32)
+
+    return _on_parts(exchange, (_rows(values, MODEL),), _rows(values))(values)
+
+
+def choose_top(values: Float[Array, "*at V"], num: int) -> Int[Array, "*at M"]:
+    """Return the ids of the `num` largest values, the largest first; `num` is at most V."""
+    if count_shards("vocab", values.shape[-1]) == 1:
+        return top_indices(values, num)
+
+    def exchange(part: Array) -> Array:
+        own = top_indices(part, min(num, part.shape[-1]))
+        best = jnp.take_along_axis(part, own, axis=-1).astype(jnp.float32)
+        token_ids = own + jax.lax.axis_index(MODEL) * part.shape[-1]
+        packed = jnp.stack([_to_words(best), _to_words(token_ids)])
+        gathered = jax.lax.all_gather(packed, MODEL, axis=packed.ndim - 1, tiled=True)
+        places = jax.lax.top_k(_from_words(gathered[0], jnp.float32), num)[1]
+        return jnp.take_along_axis(_from_words(gathered[1], jnp.int32), places, axis=-1)
 
     return _on_parts(exchange, (_rows(values, MODEL),), _rows(values))(values)
 

@@ -82,12 +82,15 @@ class Traffic:
         collective_bytes: output sizes of what devices exchange, by operation.
         num_unknown_loops: loops that end on data; their bodies count once.
         host_calls: operations that ask the host in the middle of the program.
+        largest_copy: bytes of the largest array that is copied on its own, in another layout or not; what only goes to
+            the chip's own memory ahead of its use is none.
     """
 
     moved_bytes: int
     collective_bytes: dict[str, int]
     num_unknown_loops: int
     host_calls: tuple[str, ...]
+    largest_copy: int
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -123,7 +126,7 @@ def read_traffic(hlo_text: str) -> Traffic:
     """Return what one device moves and exchanges in a run of an optimised HLO module."""
     computations, entry = _parse(hlo_text)
     times, num_unknown = _count_runs(computations, entry)
-    moved, exchanged = 0.0, defaultdict[str, float](float)
+    moved, largest_copy, exchanged = 0.0, 0, defaultdict[str, float](float)
     fused = _fused_names(computations)
     for name, runs in times.items():
         for instruction in computations[name].instructions.values():
@@ -132,9 +135,19 @@ def read_traffic(hlo_text: str) -> Traffic:
                 exchanged[kind] += runs * _array_bytes(instruction.type, everywhere=True)
             if name not in fused:
                 moved += runs * _moved_bytes(instruction, computations[name], computations)
+                if _is_copy(instruction, computations):
+                    largest_copy = max(largest_copy, _array_bytes(instruction.type, everywhere=True))
     host_calls = [i.op for c in computations.values() for i in c.instructions.values() if i.op in _HOST_OPERATIONS]
     host_calls += _HOST_CALL.findall(hlo_text)
-    return Traffic(round(moved), {k: round(v) for k, v in exchanged.items()}, num_unknown, tuple(host_calls))
+    collective_bytes = {k: round(v) for k, v in exchanged.items()}
+    return Traffic(round(moved), collective_bytes, num_unknown, tuple(host_calls), largest_copy)
+
+
+def _is_copy(instruction: _Instruction, computations: dict[str, _Computation]) -> bool:
+    if instruction.op != "fusion":
+        return instruction.op in ("copy", "transpose")
+    inner = {i.op for i in computations[instruction.called[0]].instructions.values()}
+    return bool(inner & {"copy", "transpose"}) and inner <= {"parameter", "copy", "transpose", "bitcast"}
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:

@@ -170,3 +170,32 @@ def test_a_scan_moves_its_body_every_time():
     few, many = read(10), read(40)
     assert few.num_unknown_loops == many.num_unknown_loops == 0
     assert many.moved_bytes == pytest.approx(4 * few.moved_bytes, rel=0.05)
+
+
+def test_copies_are_found():
+    """Alone or as all that a fusion does; neither a prefetch nor what is turned within a product's fusion."""
+    text = """HloModule jit_g, is_scheduled=true
+
+%turn (w: bf16[8,4]) -> bf16[4,8] {
+  %w = bf16[8,4]{1,0} parameter(0)
+  ROOT %turned = bf16[4,8]{1,0} transpose(%w), dimensions={1,0}
+}
+
+%turn_and_add (w.1: f32[64,4]) -> f32[4,64] {
+  %w.1 = f32[64,4]{1,0} parameter(0)
+  %turned.1 = f32[4,64]{1,0} transpose(%w.1), dimensions={1,0}
+  ROOT %sum = f32[4,64]{1,0} add(%turned.1, %turned.1)
+}
+
+ENTRY %main (w.2: bf16[8,4], w.3: f32[64,4]) -> f32[4,64] {
+  %w.2 = bf16[8,4]{1,0} parameter(0)
+  %w.3 = f32[64,4]{1,0} parameter(1)
+  %fetch = (f32[64,4]{1,0:S(1)}, f32[64,4]{1,0}, u32[]) copy-start(%w.3)
+  %fetched = f32[64,4]{1,0:S(1)} copy-done(%fetch)
+  COPY
+  ROOT %result = f32[4,64]{1,0} fusion(%fetched), kind=kLoop, calls=%turn_and_add
+}
+"""
+    alone = "%small = bf16[8,4]{0,1} copy(%w.2)"
+    fused = "%small = bf16[4,8]{1,0} fusion(%w.2), kind=kLoop, calls=%turn"
+    assert [read_traffic(text.replace("COPY", line)).largest_copy for line in (alone, fused, "")] == [64, 64, 0]

@@ -60,9 +60,9 @@ def learn_texts(num_steps=150):
     return jax.tree.map(np.asarray, state.params)
 
 
-def make_decoder(layout=None):
+def make_decoder(layout=None, num_candidates=0):
     target, target_params, draft, _ = make_pair()
-    return Decoder(target, target_params, draft, learn_texts(), layout=layout)
+    return Decoder(target, target_params, draft, learn_texts(), layout=layout, num_candidates=num_candidates)
 
 
 def make_batch(seed, sequences, length=32):

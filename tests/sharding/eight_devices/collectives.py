@@ -37,10 +37,10 @@ def dimensions(result):
     return [int(size) for group in re.findall(r"\[([0-9,]*)\]", result) for size in group.split(",") if size]
 
 
-def lower_decoding(function, mesh, rule="greedy", has_filters=False):
+def lower_decoding(function, mesh, rule="greedy", has_filters=False, num_candidates=0):
     target, target_params, draft, draft_params = make_pair()
     layout = make_layout(*mesh)
-    settings = DecodeSettings(target, draft, BLOCK, rule, has_filters)
+    settings = DecodeSettings(target, draft, BLOCK, rule, has_filters, num_candidates=num_candidates)
     rows = [[[1, 2]] * 8, [20] * 8, [SamplingConfig()] * 8, [()] * 8]
     state = layout.abstract(jax.eval_shape(lambda: init_state(settings, *rows)))
     params = layout.abstract(jax.eval_shape(lambda: ModelParams(target_params, draft_params)))
@@ -54,11 +54,17 @@ def roll_out(settings, params, state):
 
 @pytest.mark.parametrize("mesh", [(1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("rule", "has_filters", "a_step"),
-    [("greedy", False, 1), ("seed-exact", False, 1), ("rejection", False, 1), ("seed-exact", True, 2)],
+    ("rule", "has_filters", "num_candidates", "a_step"),
+    [
+        ("greedy", False, 0, 1),
+        ("greedy", False, 5, 1),
+        ("seed-exact", False, 0, 1),
+        ("rejection", False, 0, 1),
+        ("seed-exact", True, 0, 2),
+    ],
 )
-def test_collectives_of_a_head_step(mesh, rule, has_filters, a_step):
-    program = lower_decoding(jax.jit(roll_out, static_argnums=0), mesh, rule, has_filters)
+def test_collectives_of_a_head_step(mesh, rule, has_filters, num_candidates, a_step):
+    program = lower_decoding(jax.jit(roll_out, static_argnums=0), mesh, rule, has_filters, num_candidates)
     loops = set(re.findall(r"body=(%[\w.\-]+)", program))
     inside = [(kind, result) for name, kind, result in find_collectives(program) if name in loops]
     assert len(inside) == a_step, inside
@@ -69,10 +75,12 @@ def test_collectives_of_a_head_step(mesh, rule, has_filters, a_step):
 
 
 @pytest.mark.parametrize("mesh", [(1, 8), (4, 2)], ids=str)
-@pytest.mark.parametrize("rule", ["greedy", pytest.param("rejection", marks=pytest.mark.slow)])
-def test_no_round_gathers_logits_or_caches(mesh, rule):
+@pytest.mark.parametrize(
+    ("rule", "num_candidates"), [("greedy", 0), ("greedy", 5), pytest.param("rejection", 0, marks=pytest.mark.slow)]
+)
+def test_no_round_gathers_logits_or_caches(mesh, rule, num_candidates):
     target, _, drafter, _ = make_pair()
-    found = find_collectives(lower_decoding(decode_speculative, mesh, rule))
+    found = find_collectives(lower_decoding(decode_speculative, mesh, rule, num_candidates=num_candidates))
     assert found
     for _, kind, result in found:
         assert VOCAB not in dimensions(result), (kind, result)
@@ -80,7 +88,9 @@ def test_no_round_gathers_logits_or_caches(mesh, rule):
     num_layers = target.num_hidden_layers + drafter.num_hidden_layers
     # Of both laws: two for the normaliser, the drafts' probabilities, rows of temperature 0; and the residual's mass.
     by_rule = 2 * 4 + 1 if rule == "rejection" else 0
-    assert len(found) <= 2 * num_layers + 7 + by_rule, found
+    # The candidates themselves, and what is looked up of each before the rollout.
+    by_candidates = 4 if num_candidates else 0
+    assert len(found) <= 2 * num_layers + 7 + by_rule + by_candidates, found
 
 
 @pytest.mark.slow

@@ -22,8 +22,13 @@ WAYS = {
 }
 
 
+NUM_CANDIDATES = {"candidates": 7, "sampled candidates": 7}
+WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}}
+
+
 def decode(layout, way):
-    generations = make_decoder(layout).generate(PROMPTS, NUM_NEW, **WAYS[way])
+    decoder = make_decoder(layout, NUM_CANDIDATES.get(way, 0))
+    generations = decoder.generate(PROMPTS, NUM_NEW, **WAYS[way])
     return [(g.output_ids, g.token_sources, g.stats.acceptance_lengths) for g in generations]
 
 
@@ -43,6 +48,11 @@ def test_greedy_tokens_and_acceptance_are_those_of_one_device(mesh):
     assert decode(make_layout(*mesh), "greedy") == decode_on_one("greedy")
 
 
+@pytest.mark.parametrize("mesh", choose_quick((1, 8, False)))
+def test_candidates_are_those_of_one_device(mesh):
+    assert decode(make_layout(*mesh), "sampled candidates") == decode_on_one("sampled candidates")
+
+
 @pytest.mark.parametrize("mesh", choose_quick((4, 2, False)))
 def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
     assert decode(make_layout(*mesh), "rejection") == decode_on_one("rejection")
@@ -50,6 +60,6 @@ def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "rejection")])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "rejection", "sampled candidates")])
 def test_every_way_of_decoding_is_that_of_one_device(mesh, way):
     assert decode(make_layout(*mesh), way) == decode_on_one(way)
