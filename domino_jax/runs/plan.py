@@ -211,7 +211,7 @@ def compile_traced(trace: Callable[[], Any], layout: Layout) -> CompiledStep:
     return CompiledStep(
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        _count_temporaries(memory, layout),
+        count_temporaries(memory, layout.mesh.devices.flat[0].platform),
         memory.generated_code_size_in_bytes,
         flops,
         read_traffic(compiled.as_text()),
@@ -219,10 +219,11 @@ def compile_traced(trace: Callable[[], Any], layout: Layout) -> CompiledStep:
     )
 
 
-def _count_temporaries(memory: Any, layout: Layout) -> int:
-    # libtpu's sum of temporaries is more than it sets aside, and than it refuses programs by; its peak is not.
-    if layout.mesh.devices.flat[0].platform != "tpu" or not memory.peak_memory_in_bytes:
+def count_temporaries(memory: Any, platform: str) -> int:
+    """Return what a program needs of a device beside its arguments and results; `memory` is the compiler's account."""
+    if platform != "tpu" or not memory.peak_memory_in_bytes:
         return memory.temp_size_in_bytes
+    # libtpu's sum of temporaries is more than it sets aside and refuses programs by. The peak is what it sets aside.
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return memory.peak_memory_in_bytes - held
 
