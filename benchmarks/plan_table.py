@@ -9,7 +9,7 @@ one that exchanges least and whose step fits. TPUs need the `libtpu` package, GP
 may be made on its own.
 `--no-compile` writes what follows from shapes. `--serving` writes how many slots of some lengths `serve.py` takes
 there, from shapes, both models split over as many devices as divide their heads. `--page` writes the rows into the
-page, between its markers.
+page, between its markers. A TPU row with `is_upper_bound` has libtpu's sum of temporaries in place of its peak.
 """
 
 import argparse
@@ -189,7 +189,8 @@ def format_work(row: dict) -> str:
         return "too much"
     if "temporary_bytes" not in row:
         return "?"
-    return f"{(row['temporary_bytes'] + row['code_bytes']) / GIB:.1f}"
+    work = f"{(row['temporary_bytes'] + row['code_bytes']) / GIB:.1f}"
+    return f"at most {work}" if row.get("is_upper_bound") else work
 
 
 def format_verdict(row: dict) -> str:

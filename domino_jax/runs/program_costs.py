@@ -31,6 +31,9 @@ _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _MOVES_NOTHING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id",
                   "replica-id", "while", "conditional", "call", "async-start", "async-update", "async-done",
                   "opt-barrier", "optimization-barrier", "slice-start"}  # fmt: skip
+_CHAIN = re.compile(r'chain_id="(\d+)"')
+"""libtpu's note on an exchange that it spreads over several fusions: each of these pieces has all of it in its text."""
+_PASSED_ON = re.compile(r"\{(\d*)\}: \((\d+), \{\}\)")
 _SLICES = {"dynamic-slice", "slice", "gather"}
 
 
@@ -47,6 +50,11 @@ class _Instruction:
     def called(self) -> list[str]:
         return _CALLED.findall(self.attributes)
 
+    @property
+    def chain(self) -> str:
+        found = _CHAIN.search(self.attributes)
+        return found[1] if found else ""
+
 
 @dataclass
 class _Computation:
@@ -60,6 +68,11 @@ class _Computation:
     @cached_property
     def parameters(self) -> dict[int, str]:
         return {int(i.attributes): i.name for i in self.instructions.values() if i.op == "parameter"}
+
+    @cached_property
+    def piece(self) -> _Instruction | None:
+        """The exchange that this computation does a part of."""
+        return next((i for i in self.instructions.values() if i.op in COLLECTIVES and i.chain), None)
 
     def users(self, name: str) -> list[tuple[_Instruction, int]]:
         return self._users.get(name, [])
@@ -127,16 +140,25 @@ def read_traffic(hlo_text: str) -> Traffic:
     computations, entry = _parse(hlo_text)
     times, num_unknown = _count_runs(computations, entry)
     moved, largest_copy, exchanged = 0.0, 0, defaultdict[str, float](float)
+    chains: dict[str, tuple[str, float, float]] = {}
     fused = _fused_names(computations)
     for name, runs in times.items():
         for instruction in computations[name].instructions.values():
             kind = instruction.op.removesuffix("-done")
             if kind in COLLECTIVES:
-                exchanged[kind] += runs * _array_bytes(instruction.type, everywhere=True)
+                size = runs * _array_bytes(instruction.type, everywhere=True)
+                if instruction.chain:
+                    own = runs * _moved_bytes(instruction, computations[name], computations)
+                    chains[instruction.chain] = kind, size, own
+                    continue
+                exchanged[kind] += size
             if name not in fused:
                 moved += runs * _moved_bytes(instruction, computations[name], computations)
                 if _is_copy(instruction, computations):
                     largest_copy = max(largest_copy, _array_bytes(instruction.type, everywhere=True))
+    for kind, size, own in chains.values():
+        exchanged[kind] += size
+        moved += own
     host_calls = [i.op for c in computations.values() for i in c.instructions.values() if i.op in _HOST_OPERATIONS]
     host_calls += _HOST_CALL.findall(hlo_text)
     collective_bytes = {k: round(v) for k, v in exchanged.items()}
@@ -261,9 +283,30 @@ def _moved_bytes(instruction: _Instruction, owner: _Computation, computations: d
         return _array_bytes(types[1]) + min(written, _array_bytes(types[1], everywhere=True))
     if op == "fusion":
         inner = computations[instruction.called[0]]
+        if inner.piece:
+            return _moved_beside(inner.piece, instruction, types, inner, computations)
         read = sum(_read_bytes(inner, inner.parameters[i], t, computations) for i, t in enumerate(types))
         return read + min(written, _written_bytes(inner, inner.root, computations))
     return written + sum(map(_array_bytes, types))
+
+
+def _moved_beside(
+    piece: _Instruction,
+    fusion: _Instruction,
+    types: list[str],
+    inner: _Computation,
+    computations: dict[str, _Computation],
+) -> int:
+    """Return what a fusion moves beside the exchange that it does a piece of, whose arrays it hands on as they are."""
+    pairs = _PASSED_ON.findall(fusion.attributes)
+    handed = {inner.parameters[int(operand)] for _, operand in pairs} | set(piece.operands)
+    own = [(inner.parameters[i], text) for i, text in enumerate(types) if inner.parameters[i] not in handed]
+    read = sum(_read_bytes(inner, name, text, computations) for name, text in own)
+    if inner.root.op != "tuple":  # it begins or ends the exchange
+        return read
+    results = {int(result) for result, _ in pairs if result}
+    parts = [inner.instructions[o] for i, o in enumerate(inner.root.operands) if i not in results]
+    return read + sum(min(_array_bytes(p.type), _written_bytes(inner, p, computations)) for p in parts)
 
 
 def _read_bytes(inner: _Computation, name: str, type_text: str, computations: dict[str, _Computation]) -> int:

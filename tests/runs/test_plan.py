@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -20,7 +21,7 @@ from domino_jax.run_config import (
     TrainConfig,
 )
 from domino_jax.runs import topologies
-from domino_jax.runs.plan import PUBLIC_TARGETS, find_target_sizes, plan_training
+from domino_jax.runs.plan import PUBLIC_TARGETS, count_temporaries, find_target_sizes, plan_training
 from domino_jax.runs.plan_page import format_plan
 from domino_jax.runs.topologies import DeviceKind, Topology, TopologyError, find_topology
 
@@ -79,6 +80,13 @@ def test_two_micro_steps_of_two_are_twice_the_operations_of_one(plan):
     config = make_config()
     half = plan_training(replace(config, data=replace(config.data, batch_size=2, micro_steps=1)), make_topology())
     assert plan.step.flops == 2 * half.step.flops
+
+
+@pytest.mark.parametrize("platform, peak, bytes_expected", [("tpu", 142, 40), ("tpu", 0, 55), ("cuda", 142, 55)])
+def test_temporaries_of_a_tpu_are_what_libtpu_sets_aside(platform, peak, bytes_expected):
+    account = {"argument": 100, "output": 32, "alias": 30, "temp": 55}
+    memory = SimpleNamespace(peak_memory_in_bytes=peak, **{f"{k}_size_in_bytes": v for k, v in account.items()})
+    assert count_temporaries(memory, platform) == bytes_expected
 
 
 def test_what_is_printed(plan):

@@ -92,6 +92,59 @@ ENTRY %main (w.1: bf16[7,64,32], v.1: f32[8], on_chip: f32[8]) -> f32[8] {
 """.replace("TRIPS", 'backend_config={"known_trip_count":{"n":"5"}}')
 
 
+IN_PIECES = """HloModule pieces
+
+%start_piece (p.1: bf16[4,8]) -> (bf16[4,8], bf16[16,8], u32[]) {
+  %p.1 = bf16[4,8]{1,0} parameter(0)
+  %whole.1 = bf16[16,8]{1,0} all-gather(%p.1), channel_id=5, dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %begun = (bf16[4,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}) custom-call(%whole.1), custom_call_target="AsyncStart"
+}
+
+%next_piece (p.2: bf16[4,8], p.3: bf16[16,8], x.2: f32[32]) -> (f32[32], bf16[4,8], bf16[16,8], bf16[16,8]) {
+  %p.2 = bf16[4,8]{1,0} parameter(0)
+  %p.3 = bf16[16,8]{1,0} parameter(1)
+  %x.2 = f32[32]{0} parameter(2)
+  %negated = f32[32]{0} negate(%x.2)
+  %whole.2 = bf16[16,8]{1,0} all-gather(%p.2), channel_id=5, dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %all.2 = (f32[32]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, bf16[16,8]{1,0}) tuple(%negated, %p.2, %whole.2, %p.3)
+}
+
+%last_piece (p.4: bf16[4,8], p.5: bf16[16,8]) -> bf16[16,8] {
+  %p.4 = bf16[4,8]{1,0} parameter(0)
+  %p.5 = bf16[16,8]{1,0} parameter(1)
+  %whole.3 = bf16[16,8]{1,0} all-gather(%p.4), channel_id=5, dimensions={0}, frontend_attributes={chain_id="3"}
+  ROOT %ended = bf16[16,8]{1,0} custom-call(%whole.3, %p.5), custom_call_target="AsyncDone"
+}
+
+ENTRY %main (w: bf16[4,8], x: f32[32]) -> bf16[16,8] {
+  %w = bf16[4,8]{1,0} parameter(0)
+  %x = f32[32]{0} parameter(1)
+  %s = (bf16[4,8]{1,0}, bf16[16,8]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, FIRST, calls=%start_piece
+  %s.0 = bf16[4,8]{1,0} get-tuple-element(%s), index=0
+  %s.1 = bf16[16,8]{1,0} get-tuple-element(%s), index=1
+  %n = (f32[32]{0}, bf16[4,8]{1,0}, bf16[16,8]{1,0}, bf16[16,8]{1,0}) fusion(%s.0, %s.1, %x), kind=kOutput, NEXT
+  %n.1 = bf16[4,8]{1,0} get-tuple-element(%n), index=1
+  %n.2 = bf16[16,8]{1,0} get-tuple-element(%n), index=2
+  ROOT %d = bf16[16,8]{1,0} fusion(%n.1, %n.2), kind=kCustom, LAST, calls=%last_piece
+}
+"""
+for name, aliases in {
+    "FIRST": "{0}: (0, {})",
+    "NEXT": "{1}: (0, {}), {2}: (1, {}), {3}: (1, {})",
+    "LAST": "{}: (1, {})",
+}.items():
+    called = ", calls=%next_piece" if name == "NEXT" else ""
+    IN_PIECES = IN_PIECES.replace(name, f"output_to_operand_aliasing={{{aliases}}}{called}")
+
+
+def test_an_exchange_in_pieces_beside_computation_is_one():
+    """As libtpu writes an all-gather that goes on in the background of several fusions."""
+    traffic = read_traffic(IN_PIECES)
+    part, whole, vector = 4 * 8 * 2, 16 * 8 * 2, 32 * 4
+    assert traffic.collective_bytes == {"all-gather": whole}
+    assert traffic.moved_bytes == part + whole + 2 * vector
+
+
 def test_collectives_count_as_often_as_their_loop_runs():
     traffic = read_traffic(HLO)
     assert traffic.collective_bytes == {
