@@ -69,7 +69,7 @@ def predict(name: str, topology_name: str, context: int, rows: int) -> dict[str,
     plain_s = phase_s.pop("plain step")
     round_s = sum(phase_s.values())
     plain, drafted = (compile_loop(settings, layout, context, rows, is_plain) for is_plain in (True, False))
-    compiled_s = [t.moved_bytes / fleet.kind.bandwidth_bytes_per_s + exchange_s(fleet, t) for t in (plain, drafted)]
+    compiled_s = [t.turn_bytes / fleet.kind.bandwidth_bytes_per_s + exchange_s(fleet, t) for t in (plain, drafted)]
     return {
         "target": name,
         "topology": topology_name,
@@ -86,7 +86,8 @@ def predict(name: str, topology_name: str, context: int, rows: int) -> dict[str,
         "counted_bytes": {phase: work[0] // layout.num_model for phase, work in phases.items()},
         "compiled": {
             manner: {
-                "moved_bytes": traffic.moved_bytes,
+                "turn_bytes": traffic.turn_bytes,
+                "other_bytes": traffic.moved_bytes - traffic.turn_bytes,
                 "exchanged_bytes": sum(traffic.collective_bytes.values()),
                 "largest_copy": traffic.largest_copy,
                 "seconds": seconds,
@@ -111,7 +112,7 @@ def exchange_s(fleet: Fleet, traffic: Traffic) -> float:
 
 
 def compile_loop(settings: DecodeSettings, layout: Layout, context: int, rows: int, is_plain: bool) -> Traffic:
-    """Compile a decoding loop; return what one device moves in one turn of it, and before it."""
+    """Compile a decoding loop; return what one device moves, and of it in one turn."""
     if is_plain:
         settings = replace(settings, draft=None, block_size=1)
     params = abstract_params(settings.target, settings.draft)
@@ -139,7 +140,7 @@ def abstract_params(target: TargetConfig, draft: DraftConfig | None) -> ModelPar
 def format_row(row: dict[str, Any]) -> str:
     """Return a line of the table."""
     mesh, compiled = row["mesh"], row["compiled"]
-    moved = [compiled[manner]["moved_bytes"] / 1e9 for manner in ("plain", "round")]
+    moved = [compiled[manner]["turn_bytes"] / 1e9 for manner in ("plain", "round")]
     copy = max(compiled[manner]["largest_copy"] for manner in ("plain", "round"))
     return (
         f"| {row['target']} on {row['topology']}, {mesh['data']} x {mesh['model']} | {row['plain_s'] * 1e3:.2f} | "

@@ -99,6 +99,7 @@ def load_program(path):
                 "scripts/run_ablations.py",
                 "scripts/calibrate_survival.py",
                 "benchmarks/widths.py",
+                "benchmarks/tpu_rounds.py",
                 "benchmarks/serving_load.py",
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",

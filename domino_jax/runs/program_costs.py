@@ -94,6 +94,7 @@ class Traffic:
         moved_bytes: to and from its memory, as far as it is not kept on the chip.
         collective_bytes: output sizes of what devices exchange, by operation.
         num_unknown_loops: loops that end on data; their bodies count once.
+        turn_bytes: what of `moved_bytes` lies in such loops.
         host_calls: operations that ask the host in the middle of the program.
         largest_copy: bytes of the largest array that is copied on its own, in another layout or not; what only goes to
             the chip's own memory ahead of its use is none.
@@ -102,6 +103,7 @@ class Traffic:
     moved_bytes: int
     collective_bytes: dict[str, int]
     num_unknown_loops: int
+    turn_bytes: int
     host_calls: tuple[str, ...]
     largest_copy: int
 
@@ -138,9 +140,9 @@ def _inner_jaxprs(values: Iterable[Any]) -> Iterator[Any]:
 def read_traffic(hlo_text: str) -> Traffic:
     """Return what one device moves and exchanges in a run of an optimised HLO module."""
     computations, entry = _parse(hlo_text)
-    times, num_unknown = _count_runs(computations, entry)
-    moved, largest_copy, exchanged = 0.0, 0, defaultdict[str, float](float)
-    chains: dict[str, tuple[str, float, float]] = {}
+    times, open_loops, turned = _count_runs(computations, entry)
+    moved, turn_bytes, largest_copy, exchanged = 0.0, 0.0, 0, defaultdict[str, float](float)
+    chains: dict[str, tuple[str, float, float, bool]] = {}
     fused = _fused_names(computations)
     for name, runs in times.items():
         for instruction in computations[name].instructions.values():
@@ -149,20 +151,23 @@ def read_traffic(hlo_text: str) -> Traffic:
                 size = runs * _array_bytes(instruction.type, everywhere=True)
                 if instruction.chain:
                     own = runs * _moved_bytes(instruction, computations[name], computations)
-                    chains[instruction.chain] = kind, size, own
+                    chains[instruction.chain] = kind, size, own, name in turned
                     continue
                 exchanged[kind] += size
             if name not in fused:
-                moved += runs * _moved_bytes(instruction, computations[name], computations)
+                own = runs * _moved_bytes(instruction, computations[name], computations)
+                moved += own
+                turn_bytes += own if name in turned else 0
                 if _is_copy(instruction, computations):
                     largest_copy = max(largest_copy, _array_bytes(instruction.type, everywhere=True))
-    for kind, size, own in chains.values():
+    for kind, size, own, is_turned in chains.values():
         exchanged[kind] += size
         moved += own
+        turn_bytes += own if is_turned else 0
     host_calls = [i.op for c in computations.values() for i in c.instructions.values() if i.op in _HOST_OPERATIONS]
     host_calls += _HOST_CALL.findall(hlo_text)
     collective_bytes = {k: round(v) for k, v in exchanged.items()}
-    return Traffic(round(moved), collective_bytes, num_unknown, tuple(host_calls), largest_copy)
+    return Traffic(round(moved), collective_bytes, len(open_loops), round(turn_bytes), tuple(host_calls), largest_copy)
 
 
 def _is_copy(instruction: _Instruction, computations: dict[str, _Computation]) -> bool:
@@ -202,30 +207,32 @@ def _split_at_close(text: str) -> tuple[str, str]:
     return text, ""
 
 
-def _count_runs(computations: dict[str, _Computation], entry: str) -> tuple[dict[str, float], int]:
-    """Return how often every computation runs, and the number of loops whose end is not known."""
-    times, unknown = defaultdict[str, float](float), set[str]()
+def _count_runs(computations: dict[str, _Computation], entry: str) -> tuple[dict[str, float], set[str], set[str]]:
+    """Return how often every computation runs, the loops whose end is not known, and what runs in their bodies."""
+    times, unknown, turned = defaultdict[str, float](float), set[str](), set[str]()
 
-    def visit(name: str, runs: float) -> None:
+    def visit(name: str, runs: float, is_turned: bool) -> None:
         times[name] += runs
+        if is_turned:
+            turned.add(name)
         for instruction in computations[name].instructions.values():
             if instruction.op == "while":
                 count = _find_trip_count(instruction, computations)
                 if count is None:
                     unknown.add(instruction.name)
                 for called in instruction.called:
-                    visit(called, runs * (1 if count is None else count))
+                    visit(called, runs * (1 if count is None else count), is_turned or count is None)
             elif instruction.op == "conditional":
                 found = _BRANCHES.search(instruction.attributes)
                 branches = re.findall(r"%?([\w.\-]+)", found[1]) if found else instruction.called
                 for branch in branches:
-                    visit(branch, runs / len(branches))
+                    visit(branch, runs / len(branches), is_turned)
             elif instruction.op in ("fusion", "call", "async-start"):
                 for called in instruction.called:
-                    visit(called, runs)
+                    visit(called, runs, is_turned)
 
-    visit(entry, 1.0)
-    return times, len(unknown)
+    visit(entry, 1.0, False)
+    return times, unknown, turned
 
 
 def _find_trip_count(loop: _Instruction, computations: dict[str, _Computation]) -> int | None:
@@ -312,8 +319,8 @@ def _moved_beside(
 def _read_bytes(inner: _Computation, name: str, type_text: str, computations: dict[str, _Computation]) -> int:
     """Return what a fused computation reads of a parameter: all of it, or the slices it takes."""
     whole = _array_bytes(type_text)
-    if whole == 0:
-        return 0
+    if whole == 0 or inner.instructions[name].is_root:  # handed on as it is: to be read by who comes after
+        return whole
     read = 0
     for user, at in inner.users(name):
         if user.op in _SLICES and at == 0:

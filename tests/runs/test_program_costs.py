@@ -162,11 +162,12 @@ def test_a_slice_moves_what_it_takes_and_memory_on_the_chip_is_free():
     compare = 1 + 4 + 4
     # A slice is read and written, read to be gathered, four of them arrive; its index is read, the counter compared.
     expected = 7 * (2 * row + 4 + row + 4 * row + compare)
-    expected += 2 * (vector + 4 + 4) + compare + 2 * vector  # the loop that ends on data
+    turn = 2 * (vector + 4 + 4) + compare + 2 * vector  # the loop that ends on data
+    expected += turn
     expected += 5 * (1 + 4 + vector + 2 * vector)  # the one whose length is noted
     expected += 2 * vector // 2  # one of two branches
     expected += vector + 2 * vector  # what is kept on the chip is neither written nor read
-    assert read_traffic(HLO).moved_bytes == expected
+    assert (read_traffic(HLO).moved_bytes, read_traffic(HLO).turn_bytes) == (expected, turn)
     everywhere = read_traffic(HLO.replace("T(128)S(1)", "T(128)"))
     assert everywhere.moved_bytes == expected + 2 * vector
 
@@ -252,3 +253,28 @@ ENTRY %main (w.2: bf16[8,4], w.3: f32[64,4]) -> f32[4,64] {
     alone = "%small = bf16[8,4]{0,1} copy(%w.2)"
     fused = "%small = bf16[4,8]{1,0} fusion(%w.2), kind=kLoop, calls=%turn"
     assert [read_traffic(text.replace("COPY", line)).largest_copy for line in (alone, fused, "")] == [64, 64, 0]
+
+
+def test_what_an_inner_fusion_hands_on_is_read():
+    """libtpu wraps a large weight in a fusion of a bitcast within that of its product."""
+    text = """HloModule jit_h, is_scheduled=true
+
+%hand_on (w: bf16[64,32]) -> bf16[64,32] {
+  %w = bf16[64,32]{1,0} parameter(0)
+  ROOT %same = bf16[64,32]{1,0} bitcast(%w)
+}
+
+%product (w.1: bf16[64,32], x: f32[1,32]) -> f32[1,64] {
+  %w.1 = bf16[64,32]{1,0} parameter(0)
+  %x = f32[1,32]{1,0} parameter(1)
+  %w.2 = bf16[64,32]{1,0} fusion(%w.1), kind=kLoop, calls=%hand_on
+  ROOT %y = f32[1,64]{1,0} dot(%x, %w.2), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+}
+
+ENTRY %main (w.3: bf16[64,32], x.1: f32[1,32]) -> f32[1,64] {
+  %w.3 = bf16[64,32]{1,0} parameter(0)
+  %x.1 = f32[1,32]{1,0} parameter(1)
+  ROOT %result = f32[1,64]{1,0} fusion(%w.3, %x.1), kind=kOutput, calls=%product
+}
+"""
+    assert read_traffic(text).moved_bytes == 64 * 32 * 2 + 32 * 4 + 64 * 4
