@@ -97,6 +97,7 @@ def _find_stop_ids(given: str | None, tokenizer: Any, directory: str) -> tuple[i
 def _run(args: argparse.Namespace) -> None:
     if args.output:
         benchmark.check_output(args.output)
+    survival = find_calibration(args.calibration, args.verify_widths, args.draft)
     prompts = load_prompts(args.prompts, args.limit)
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     codec, stop_ids = _open_text(args, prompts)
@@ -109,7 +110,6 @@ def _run(args: argparse.Namespace) -> None:
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
     drafter = (draft.config, draft.params) if draft else (None, None)
-    survival = find_calibration(args.calibration, args.verify_widths, args.draft)
     decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, args.num_candidates, survival)
     settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,

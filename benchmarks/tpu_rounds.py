@@ -4,10 +4,10 @@
         --output benchmarks/DATE-tpu-rounds
 
 Two ways, both over published rates of the chips: what every phase has to move and to compute, counted from shapes
-(`domino_jax.evaluation.anatomy`), and what the compiled loops move and exchange, read off their optimised programs
-(`domino_jax.runs.program_costs`; needs the `libtpu` package). A phase takes as long as its bytes or its operations take
-at those rates, whichever is longer; programs also take what their exchanges do at a link's rate. Launches, latencies of
-exchanges and what a chip misses of its rates are left out, so real rounds take longer.
+(`domino_jax.evaluation.anatomy`), and what a turn of the compiled loops moves, read off their optimised programs, with
+all that those exchange (`domino_jax.runs.program_costs`; needs the `libtpu` package). A phase takes as long as its
+bytes or its operations take at those rates, whichever is longer; programs also take what their exchanges do at a link's
+rate. Launches, latencies of exchanges and what a chip misses of its rates are left out: real rounds take longer.
 
 Rows: one a place (`rows.jsonl`); the table goes to the terminal.
 """

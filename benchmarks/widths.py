@@ -104,7 +104,7 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
         for row in rows:
             print(f"{batch:3} {row['manner']:10} {row['over_plain']:.3f} {row['identical']} {row['choices'] or ''}")
-        for (_, shape), table in decoder._width_tables.items():
+        for (_, shape, _), table in decoder._width_tables.items():
             if shape[0] == batch:
                 print(f"    costs, ms: plain {1e3 * float(table.plain_s):.3f}, rounds {(1e3 * table.round_s).tolist()}")
 

@@ -7,7 +7,8 @@ choice are measured at warm-up. Drafts that are not verified are dropped: the ro
 Under the greedy and the seed-exact rule the text is the target's whatever is chosen. Under the rejection rule a choice
 must not know the token it decides about, or the law of the text would change: whether slot k is verified depends on the
 drafter's laws of slots 1 .. k and on tokens before k (a stopping rule over the slots), and what a later round drafts on
-committed tokens alone, for noise of discarded drafts is used again at the positions they had.
+committed tokens alone, for noise of discarded drafts is used again at the positions they had. So under that rule a row
+is decoded alone: a width that rows share would carry one's discarded noise to another and, a round later, back.
 
 Source: the stopping rule's argument as for speculative sampling, arXiv 2211.17192: given what was known before a draft
 token is drawn, accepting or replacing it by the ratio follows the target's law, and so does drawing from it at once.
@@ -118,7 +119,9 @@ def _run_drafted(
         state, progress = carry
         state, num_accepted = verify_width(settings, params, state, proposal, num_drafts)
         num_kept = jnp.minimum(num_accepted, state.committed_len - before)
-        return state, observe(progress, num_kept, num_drafts, is_active)
+        # What a round would have kept that the budget ended is not known.
+        is_known = is_active & (~state.is_done | state.has_stopped)
+        return state, observe(progress, num_kept, num_drafts, is_known)
 
     for i, num_drafts in enumerate(count_drafts(settings)):
         state, progress = _run_if(width == i, partial(verify, int(num_drafts)), (state, progress))
@@ -239,7 +242,7 @@ def measure_costs(
 ) -> WidthTable:
     """Time rounds of every kind from copies of a state, in the program that decodes; return the table for its shape.
 
-    The median of a few counts, after one that may compile.
+    The median of a few counts, after one that may compile. Caches are there twice meanwhile.
     """
     num_sizes = len(settings.verify_widths)
     orders = [(PLAIN_TO_THE_END, 0, 0)]

@@ -92,7 +92,7 @@ class Decoder:
         self.calibration = calibration
         self.last_timings = Timings(0.0, 0.0)
         self.last_choices: dict[tuple[int, int], int] = {}
-        self._width_tables: dict[tuple[DecodeSettings, tuple[int, ...]], WidthTable] = {}
+        self._width_tables: dict[tuple[DecodeSettings, tuple[int, ...], Propose], WidthTable] = {}
 
     def generate(
         self,
@@ -126,7 +126,9 @@ class Decoder:
         stops = _per_row(stop_ids, len(prompts), "stop_ids", lambda v: all(isinstance(i, int | np.integer) for i in v))
         self._check_prompts(prompts, budgets)
         if verify_widths:
-            self._check_widths(verify_widths, block_size, settings_rows, rule)
+            is_greedy = all(row.temperature == 0 for row in settings_rows)
+            num_rows = min(batch_size or len(prompts), len(prompts))
+            self.check_widths(verify_widths, block_size, "greedy" if is_greedy else rule, num_rows)
             block_size = max(verify_widths)
         loop = self._loop_settings(settings_rows, rule, block_size, use_head)
         loop = replace(loop, verify_widths=tuple(sorted(verify_widths)))
@@ -191,9 +193,8 @@ class Decoder:
             use_head=use_head,
         )
 
-    def _check_widths(
-        self, widths: Sequence[int], block_size: int | None, rows: list[SamplingConfig], rule: str
-    ) -> None:
+    def check_widths(self, widths: Sequence[int], block_size: int | None, rule: str, batch_size: int) -> None:
+        """Refuse `verify_widths` that batches of that size cannot be decoded with, with the errors of `generate`."""
         draft = self.settings.draft
         if draft is None:
             raise DecodingError(f"verify_widths are {list(widths)} but there is no drafter; load one or leave them out")
@@ -207,15 +208,12 @@ class Decoder:
             )
         if self.calibration is None:
             raise DecodingError(
-                "verify_widths need a survival calibration of the drafter; make one with "
-                "scripts/calibrate_survival.py and give it to the decoder"
+                "verify_widths need a survival calibration: make one with scripts/calibrate_survival.py"
             )
         check_calibration(self.calibration, draft, widths)
-        seeds = [row.seed for row in rows if row.temperature > 0]
-        if rule == "rejection" and len(set(seeds)) < len(seeds):
-            raise DecodingError(
-                "verify_widths under the rejection rule need a seed of its own for every row: rows share a width, and "
-                "noise of one row would tell about another's; give different seeds or use the seed-exact rule"
+        if rule == "rejection" and batch_size > 1:
+            raise DecodingError(  # rows share a width, which would tell one about another's discarded noise
+                f"verify_widths under the rejection rule need batches of one row, these have {batch_size}; set it to 1"
             )
 
     def start_batch(
@@ -283,7 +281,7 @@ class Decoder:
     def _find_table(
         self, loop: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose
     ) -> WidthTable:
-        key = (loop, state.tokens.shape)
+        key = (loop, state.tokens.shape, propose)
         if key not in self._width_tables:
             self._width_tables[key] = measure_costs(loop, params, state, self.calibration, propose)
         return self._width_tables[key]

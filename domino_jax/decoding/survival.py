@@ -37,7 +37,7 @@ class SlotSurvival:
     Attributes:
         slope: of the map, a slot each.
         intercept: of the map, a slot each.
-        rate: share of the drafts that were kept, of those whose predecessors were.
+        rate: share of the drafts that were kept, of those whose predecessors were; drafts past a stop token are not.
     """
 
     slope: tuple[float, ...]
@@ -96,7 +96,7 @@ def load_calibration(path: Path) -> SurvivalCalibration:
         return SurvivalCalibration({int(size): _read_slots(slots) for size, slots in content["block_sizes"].items()})
     except OSError as error:
         raise CalibrationError(f"no survival calibration at {path} ({error.strerror}); {how}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CalibrationError(f"{path} is not a survival calibration ({error!r}); {how}") from error
 
 
@@ -111,7 +111,9 @@ def _read_slots(content: dict[str, Any]) -> SlotSurvival:
 
 
 def check_calibration(calibration: SurvivalCalibration, draft: DraftConfig, widths: Sequence[int]) -> None:
-    """Refuse a calibration that was not made for these block sizes of this drafter.
+    """Refuse a calibration that was not made for these block sizes, or cannot be of this drafter.
+
+    A calibration of an earlier state of a drafter is not noticed; texts stay right under it, choices get worse.
 
     Raises:
         CalibrationError: a block size is missing or has another number of slots.

@@ -51,6 +51,7 @@ ROW_FIELDS = {
     "rule": "acceptance above temperature 0: seed-exact or rejection",
     "block_size": "slots of a block; 1 is plain decoding",
     "verify_widths": "block sizes each round chose among, plain decoding besides; empty: block_size always",
+    "choices": "with them, rounds of the batch by size drafted/width verified, 1/1 for plain; else null",
     "use_head": "whether a head corrected the drafts",
     "num_candidates": "tokens a slot the head corrected; 0: the whole vocabulary",
     "batch_size": "prompts decoded together, at most",
@@ -146,8 +147,13 @@ def measure(
 
     Raises:
         PromptError: a prompt of text or messages although there is no tokenizer.
-        DecodingError: a prompt that is empty, holds an id outside the vocabulary or fills the context.
+        DecodingError: a prompt that is empty, holds an id outside the vocabulary or fills the context, or
+            `verify_widths` that cannot be.
     """
+    if settings.verify_widths:
+        rule = "greedy" if settings.sampling.temperature == 0 else settings.rule
+        batch_size = min(settings.batch_size, len(prompts))
+        decoder.check_widths(settings.verify_widths, settings.block_size, rule, batch_size)
     pending = []
     for i, prompt in enumerate(prompts):
         ids = _encode(prompt, codec, i)
@@ -239,13 +245,14 @@ def _measure_batch(
         # Who goes first alternates, so that neither loop always finds the machine as the other left it.
         for runs, is_plain in order if (batch_id + repeat) % 2 == 0 else order[::-1]:
             runs.append(_run_without_compiling(decoder, prompts, sampling, settings, is_plain))
+    choices = {f"{a}/{b}": n for (a, b), n in decoder.last_choices.items()} if settings.verify_widths else None
     rows = []
     for row in range(len(batch)):
         plain = plain_runs[0].generations[row]
         chosen = speculative_runs[0].generations[row] if is_speculative else plain
         rows.append(
             _make_row(chosen, plain, settings, is_speculative)
-            | {"batch_id": batch_id, "seed": sampling[row].seed}
+            | {"batch_id": batch_id, "seed": sampling[row].seed, "choices": choices}
             | _shared_seconds(plain_runs, row, "plain_")
             | (_shared_seconds(speculative_runs, row, "") if is_speculative else {"decode_s": None, "prefill_s": None})
             | _compare(decoder, chosen, plain, settings, is_speculative)
@@ -380,7 +387,7 @@ def format_table(table: dict[str, Any]) -> str:
         speed = table["speed_up"]
         interval = f" [{speed.low:.2f}, {speed.high:.2f}] (95 %)" if speed and speed.low is not None else ""
         same = f"{table['num_identical']} of {table['num_compared']}" if table["num_compared"] else "not promised"
-        slots = " ".join(number(slot.share) for slot in table["acceptance_by_slot"])
+        slots = " ".join(number(slot.share) for slot in table["acceptance_by_slot"]) or "-"
         lines += [
             ("speculative loop, tokens/s", number(table["tokens_per_s"], ".1f")),
             ("speed-up over the plain loop", (number(speed.ratio) if speed else "-") + interval),

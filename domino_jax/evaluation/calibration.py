@@ -13,7 +13,7 @@ from domino_jax.decoding.adaptive_width import verify_width
 from domino_jax.decoding.generate import Decoder
 from domino_jax.decoding.speculative import propose_block
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
-from domino_jax.decoding.survival import SurvivalCalibration, fit_slots
+from domino_jax.decoding.survival import CalibrationError, SurvivalCalibration, fit_slots
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array
 
@@ -43,6 +43,9 @@ def calibrate_survival(
     """Decode the prompts with blocks of every size and fit each slot's survival; prompt i uses seed + i.
 
     A round that the token budget ended is left out: what it would have kept is not known.
+
+    Raises:
+        CalibrationError: no round is left.
     """
     rule = "greedy" if sampling.temperature == 0 else rule
     has_filters = sampling.temperature > 0 and (sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0)
@@ -60,5 +63,10 @@ def calibrate_survival(
                 is_known = ~is_done & np.asarray(~state.is_done | state.has_stopped)
                 confidence.append(np.asarray(sure)[is_known])
                 num_kept.append(np.asarray(kept)[is_known])
+        if sum(map(len, num_kept)) == 0:
+            raise CalibrationError(
+                f"no round of block {size} is left to calibrate on: every text ended at its first token or by its "
+                f"budget of {max_new_tokens} tokens; allow more, or give more prompts"
+            )
         sizes[size] = fit_slots(np.concatenate(confidence), np.concatenate(num_kept))
     return SurvivalCalibration(sizes)

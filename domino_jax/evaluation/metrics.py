@@ -211,7 +211,8 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     recorded = [row["acceptance_lengths"] for row in speculative]
     num_decoded = [decoded_tokens(row["output_ids"]) for row in speculative]
     lengths = [committed_lengths(*pair) for pair in zip(recorded, num_decoded, strict=True)]
-    num_draft_tokens = max(row["num_draft_tokens"] for row in speculative)
+    # Where rounds chose what they verified, a slot that was not accepted may not have been tried.
+    num_draft_tokens = max(0 if row.get("verify_widths") else row["num_draft_tokens"] for row in speculative)
     both = [row for row in speculative if row["plain_output_ids"] is not None]
     compared = [row["identical"] for row in speculative if row["identical"] is not None]
     table |= {

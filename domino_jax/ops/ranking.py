@@ -42,7 +42,7 @@ def _argmax_by_groups(values: Array) -> Array:
 
 @partial(jax.jit, static_argnums=1)
 def top_indices(values: Float[Array, "*batch V"], num: int) -> Int[Array, "*batch M"]:
-    """Return the indices of the `num` largest values, the largest first; `num` is at most V."""
+    """Return the indices of the `num` largest values, the largest first, of equals any; `num` is at most V."""
     on_tpu, default = (partial(_top_by_groups, num=num, size=size) for size in (_LANES, _GROUP_SIZE))
     return jax.lax.platform_dependent(values, tpu=on_tpu, default=default)
 

@@ -45,7 +45,10 @@ def choose(values: Float[Array, "*at V"]) -> Int[Array, "*at"]:
 
 
 def choose_top(values: Float[Array, "*at V"], num: int) -> Int[Array, "*at M"]:
-    """Return the ids of the `num` largest values, the largest first; `num` is at most V."""
+    """Return the ids of the `num` largest values, the largest first; `num` is at most V.
+
+    Which of equals come in, and their order, depends on how devices share the vocabulary.
+    """
     if count_shards("vocab", values.shape[-1]) == 1:
         return top_indices(values, num)
 

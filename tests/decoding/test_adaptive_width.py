@@ -152,6 +152,22 @@ def test_stretch_catches_the_drafts_context_up(monkeypatch, loop_input):
         np.testing.assert_allclose(layer_plain[..., :n], layer_drafted[..., :n], atol=1e-5)
 
 
+@pytest.mark.parametrize("rule", ["greedy", "seed-exact"])
+def test_text_is_the_targets_where_plain_stretches_come_and_go(monkeypatch, rule):
+    """With stop tokens and budgets that end within a stretch, and drafting after it."""
+    monkeypatch.setattr(adaptive_width, "_STRETCH_LEN", 4)
+    fake_costs(monkeypatch, 1.0, linear_costs(0.2, 0.2))
+    decoder = with_calibration(make_decoder(), make_calibration(rate=0.75))
+    prompts = make_prompts((3, 12, 16, 1, 7, 9, 14))  # rows of no other test: a program would keep its stretches
+    sampling = [SamplingConfig() if rule == "greedy" else replace(SHARP, seed=i) for i in range(7)]
+    budgets = [40, 11, 40, 6, 40, 23, 40]
+    plain = decoder.generate(prompts, budgets, sampling, [5], block_size=1)
+    adaptive = decoder.generate(prompts, budgets, sampling, [5], verify_widths=WIDTHS)
+    assert_same_text(adaptive, plain)
+    choices = decoder.last_choices
+    assert choices.pop((1, 1)) > 0 and sum(choices.values()) > 1, choices
+
+
 def test_drafter_that_does_badly_is_left(loop_input):
     """Rates of this text overrule those of held-out ones, and dear rounds are never begun."""
     promising = make_calibration(rate=0.8)
@@ -181,7 +197,7 @@ def test_width_follows_confidence():
     assert WIDTHS[int(worth)] == 5, "a row that is done has no say"
 
 
-def test_measured_costs_grow_with_the_width_that_is_there():
+def test_costs_are_measured_of_every_width_that_can_be():
     decoder = with_calibration(make_decoder(), make_calibration())
     decoder.generate(make_prompts((3, 5)), 30, verify_widths=WIDTHS)
     (table,) = decoder._width_tables.values()
@@ -196,7 +212,7 @@ def test_measured_costs_grow_with_the_width_that_is_there():
         ({"verify_widths": (1, 3)}, "from 2 on"),
         ({"verify_widths": (3, 3)}, "different block sizes"),
         ({"verify_widths": (2, 3), "block_size": 5}, "largest of verify_widths is 3"),
-        ({"verify_widths": (2, 3), "rule": "rejection", "sampling": SHARP}, "a seed of its own"),
+        ({"verify_widths": (2, 3), "rule": "rejection", "sampling": SHARP}, "batches of one row, these have 2"),
         ({"verify_widths": (2, 4)}, "has block sizes 2, 3, 5, not 4"),
     ],
 )

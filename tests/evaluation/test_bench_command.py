@@ -215,6 +215,10 @@ def test_widths_are_chosen_by_a_calibration(run, material, tmp_path, capsys):
     assert status == 0
     assert_speculative(rows, printed)
     assert rows[0]["verify_widths"] == read_settings(printed)["verify_widths"] == [2, 4]
+    assert sum(rows[0]["choices"].values()) > 0 and "acceptance by slot" in printed.out
+    for widths, message in (((2, 3), "has block sizes 2, 4, not 3"), ((1, 2), "from 2 on"), ((2, 99), "99")):
+        status, rows, printed = run("--verify-widths", *widths, "--calibration", file)
+        assert (status, rows) == (2, None) and message in printed.err, "refused before rows are written"
     status, rows, printed = run("--calibration", file)
     assert (status, rows) == (2, None) and "is for --verify-widths" in printed.err
 
