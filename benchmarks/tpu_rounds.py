@@ -34,7 +34,7 @@ from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import DraftSettings, MeshConfig
 from domino_jax.runs.plan import PUBLIC_TARGETS
 from domino_jax.runs.program_costs import Traffic, read_traffic
-from domino_jax.runs.topologies import find_topology
+from domino_jax.runs.topologies import TopologyError, find_topology
 from domino_jax.sharding import Layout, activate, build_layout, check_sizes
 
 MESHES = {"v5e:4x4": MeshConfig(2, 8), "v6e:4x4": MeshConfig(4, 4), "v5p:2x2x1": MeshConfig(1, 4)}
@@ -161,7 +161,10 @@ def main() -> None:
     print("|" + " --- |" * 9)
     for name in args.targets:
         for topology_name in args.topologies:
-            row = predict(name, topology_name, args.context, args.rows)
+            try:
+                row = predict(name, topology_name, args.context, args.rows)
+            except TopologyError as error:
+                raise SystemExit(f"tpu_rounds.py: {error}") from error
             with (args.output / "rows.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(format_row(row), flush=True)

@@ -19,11 +19,12 @@ from typing import Any
 import jax
 
 from domino_jax.checkpoints.huggingface import load_draft, load_target, resolve_directory
-from domino_jax.data.chat_template import encode_prompt, find_stop_ids, load_tokenizer
+from domino_jax.data.chat_template import find_stop_ids
 from domino_jax.decoding.generate import Decoder
 from domino_jax.decoding.survival import load_calibration
 from domino_jax.evaluation.prompts import load_prompts
 from domino_jax.runs import options
+from domino_jax.runs.prompt_tokens import encode_prompts, open_tokenizer
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,7 +32,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, help="chats, as of bench.py")
+    parser.add_argument("--prompts", required=True, help="as of bench.py")
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--widths", type=options.positive, nargs="+", default=[4, 6, 8, 12])
     parser.add_argument("--batches", type=options.positive, nargs="+", default=[1, 4, 16, 32])
@@ -90,8 +91,9 @@ def main() -> None:
     """Measure every batch size and add its rows to the output."""
     args = parse_arguments()
     directory = str(resolve_directory(args.target))
-    tokenizer = load_tokenizer(directory, needs_template=True)
-    prompts = [encode_prompt(tokenizer, p.messages, False) for p in load_prompts(args.prompts, args.limit)]
+    loaded = load_prompts(args.prompts, args.limit)
+    tokenizer = open_tokenizer(directory, loaded)
+    prompts = encode_prompts(tokenizer, loaded)
     stop_ids = find_stop_ids(tokenizer, directory)
     target_config, target_params = load_target(args.target, "float32")
     draft = load_draft(args.draft, "float32")

@@ -13,12 +13,13 @@ from pathlib import Path
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
-from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
+from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.decoding.survival import FILE_NAME, save_calibration
 from domino_jax.evaluation.calibration import calibrate_survival
 from domino_jax.evaluation.prompts import PromptError, load_prompts
 from domino_jax.runs import options
+from domino_jax.runs.prompt_tokens import encode_prompts, open_tokenizer
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -42,12 +43,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     directory = str(resolve_directory(args.target))
     prompts = load_prompts(args.prompts, args.limit)
-    if all(p.prompt_ids is not None for p in prompts):
-        ids, stop_ids = [p.prompt_ids for p in prompts], find_stop_ids(None, directory)
-    else:
-        tokenizer = load_tokenizer(directory, needs_template=any(p.messages for p in prompts))
-        stop_ids = find_stop_ids(tokenizer, directory)
-        ids = [_encode(tokenizer, p) for p in prompts]
+    tokenizer = None if all(p.prompt_ids is not None for p in prompts) else open_tokenizer(directory, prompts)
+    stop_ids, ids = find_stop_ids(tokenizer, directory), encode_prompts(tokenizer, prompts)
     target_config, target_params = load_target(args.target, "float32")
     draft = load_draft(args.draft, "float32")
     check_draft_fits(draft.config, target_config)
@@ -68,14 +65,6 @@ def _run(args: argparse.Namespace) -> None:
     for size, slots in calibration.sizes.items():
         print(f"block {size}: kept, by slot: " + " ".join(f"{rate:.2f}" for rate in slots.rate))
     print(f"calibration: {output}")
-
-
-def _encode(tokenizer: object, prompt: object) -> list[int]:
-    if prompt.prompt_ids is not None:
-        return prompt.prompt_ids
-    if prompt.text is not None:
-        return list(tokenizer(prompt.text)["input_ids"])
-    return encode_prompt(tokenizer, prompt.messages or [{"role": "user", "content": prompt.turns[0]}], False)
 
 
 def main(arguments: list[str] | None = None) -> int:

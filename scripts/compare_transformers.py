@@ -17,11 +17,12 @@ from statistics import median
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError
-from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
+from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.evaluation.benchmark import OutputError, check_output, write_rows
 from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, speed_up, tau_over_prompts, tau_over_rounds
 from domino_jax.evaluation.prompts import Prompt, PromptError, load_prompts
+from domino_jax.runs.prompt_tokens import encode_prompts, open_tokenizer
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, OutputError, PromptError)
 
@@ -49,15 +50,8 @@ def _encode_all(target: str, prompts: list[Prompt]) -> tuple[list[list[int]], tu
             return [prompt.prompt_ids for prompt in prompts], find_stop_ids(load_tokenizer(directory), directory)
         except ChatTemplateError:
             return [prompt.prompt_ids for prompt in prompts], ()
-    tokenizer = load_tokenizer(directory, needs_template=any(p.messages or p.turns for p in prompts))
-    encoded = []
-    for prompt in prompts:
-        chat = prompt.messages or ([{"role": "user", "content": prompt.turns[0]}] if prompt.turns else None)
-        ids = prompt.prompt_ids or (
-            encode_prompt(tokenizer, chat, False) if chat else list(tokenizer(prompt.text)["input_ids"])
-        )
-        encoded.append(ids)
-    return encoded, find_stop_ids(tokenizer, directory)
+    tokenizer = open_tokenizer(directory, prompts)
+    return encode_prompts(tokenizer, prompts), find_stop_ids(tokenizer, directory)
 
 
 def _open_transformers(target: str, stop_ids: tuple[int, ...], num_threads: int) -> Callable:

@@ -10,6 +10,7 @@ Source: Domino, arXiv 2605.29707; candidate-limited correction as in SGLang.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -139,18 +140,15 @@ def _roll_out_head(
     # Whole over `data` before the loop: under fsdp each step would gather it anew.
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
     embedding = gather_parameter(params.target["embed_tokens"].astype(dtype), "embed_tokens")
-
     read = partial(head.apply, variables, method=DominoHead.input_gates)
 
-    def step(carry: tuple, slot: dict) -> tuple[tuple, dict]:
+    def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
         state, state_gates, input_gates = carry
         state = update_state(state, input_gates, state_gates)
         state_gates, inner = head.apply(variables, state, method=DominoHead.project_state)
         inner = jax.nn.silu(slot["projected"] + inner)
-        if candidates is None:
-            correction = head.apply(variables, inner, method=DominoHead.expand)
-        else:
-            correction = einsum_in_float32("be,bme->bm", inner, slot["up"])
+        expand = partial(head.apply, variables, method=DominoHead.expand)
+        correction = expand(inner) if candidates is None else einsum_in_float32("be,bme->bm", inner, slot["up"])
         logits = slot["logits"] + jnp.where(slot["is_corrected"], correction, 0.0)
         row_noise = None if slot["noise"] is None else slot["noise"][:, None]
         log_weights, values = _weigh_drafts(settings, sampling, logits[:, None], row_noise)
@@ -162,12 +160,8 @@ def _roll_out_head(
             tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
             input_gates = _gates_of_choice(slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids)))
         confidence = _find_confidence(settings, log_weights, places[:, None])
-        drafted = {
-            "tokens": tokens,
-            "log_weights": log_weights[:, 0] if settings.rule == "rejection" else None,
-            "confidence": None if confidence is None else confidence[:, 0],
-        }
-        return (state, state_gates, input_gates), drafted
+        law = log_weights if settings.rule == "rejection" else None
+        return (state, state_gates, input_gates), (tokens, *jax.tree.map(lambda x: x[:, 0], (law, confidence)))
 
     slots = {
         "logits": base_logits,
@@ -177,15 +171,18 @@ def _roll_out_head(
         "up": None if candidates is None else variables["params"]["up"].astype(dtype).T[candidates],
         "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids))),
     }
-    slots = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), slots)
+    slots = _swap_rows_and_slots(slots)
     slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= settings.draft.pure_draft_prefix_len
     state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
     start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, dtype)))
     _, drafted = jax.lax.scan(step, start, slots)
-    drafted = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), drafted)
-    laws = _draft_laws(settings, sampling, drafted["log_weights"])
-    return Proposal(drafted["tokens"], laws, drafted["confidence"])
+    tokens, log_weights, confidence = _swap_rows_and_slots(drafted)
+    return Proposal(tokens, _draft_laws(settings, sampling, log_weights), confidence)
+
+
+def _swap_rows_and_slots(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
 
 
 def _gates_of_candidates(candidates: Array | None, read_tokens: Callable[[Array], Array]) -> Array | None:
