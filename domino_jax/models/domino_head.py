@@ -71,7 +71,7 @@ class DominoHead(nn.Module):
 
     def project_hidden(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch E"]:
         """Return the part of the correction's inner product that depends on the slot's state alone."""
-        return hidden.astype(self.dtype) @ self._weight("down")[: self.config.hidden_size]
+        return multiply(hidden.astype(self.dtype), self._weight("down")[: self.config.hidden_size])
 
     def expand(self, inner: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual of the correction's inner states."""

@@ -14,6 +14,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
 from domino_jax.ops.attention import attend, attend_blocks
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
+from domino_jax.ops.products import multiply
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import constrain, gather_parameter
 
@@ -41,7 +42,7 @@ class DraftBackbone(nn.Module):
         """Return the context vectors c = RMSNorm(fc f) of target features."""
         weight = gather_parameter(self.fc.astype(self.dtype), "backbone/fc")
         features = constrain(features.astype(self.dtype), "features")
-        projected = constrain(features @ weight, "states")
+        projected = constrain(multiply(features, weight), "states")
         return rms_norm(projected, self.hidden_norm, self.config.rms_norm_eps)
 
     def write_context(self, context: Float[Array, "B T D"], start: Int[Array, " B"], cache: KVCache) -> KVCache:

@@ -16,6 +16,9 @@ _PADDED_ROWS = 16
 _NUM_PARTS = 4
 """Parts that a CPU cuts the product of a single row into."""
 
+_FEW_ROWS = range(3, 33)
+"""Rows that are kept from YNNPACK on a CPU."""
+
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum_in_float32(subscripts: str, x: Float[Array, "..."], y: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -82,9 +85,14 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
 
     On NVIDIA GPUs a single row is padded to a tile of the matrix unit: XLA would make a reduction over columns of the
     product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs it is
-    multiplied part by part: XLA's threads would otherwise share the weight by columns, and each reads short pieces.
+    multiplied part by part: XLA's threads would otherwise share the weight by columns, and each reads short pieces. A
+    few rows are kept from YNNPACK there, which packs the whole weight for them: products with a turned left factor are
+    made by Eigen, which does not, in little more than half of the time.
     """
-    return x @ weight if x.size > x.shape[-1] else _multiply_row(x, weight)
+    num_rows = x.size // x.shape[-1]
+    if num_rows == 1:
+        return _multiply_row(x, weight)
+    return _multiply_few_rows(x, weight) if num_rows in _FEW_ROWS else x @ weight
 
 
 @jax.jit
@@ -93,6 +101,18 @@ def _multiply_row(x: Array, weight: Array) -> Array:
     is_whole = jax.sharding.get_abstract_mesh().empty and weight.shape[0] % _NUM_PARTS == 0
     by_parts = {"cpu": _multiply_in_parts} if is_whole else {}
     return jax.lax.platform_dependent(x, weight, cuda=_multiply_padded, default=jnp.matmul, **by_parts)
+
+
+@jax.jit
+def _multiply_few_rows(x: Array, weight: Array) -> Array:
+    if x.dtype != jnp.float32 or not jax.sharding.get_abstract_mesh().empty:
+        return x @ weight
+    return jax.lax.platform_dependent(x, weight, cpu=_multiply_turned_factor, default=jnp.matmul)
+
+
+def _multiply_turned_factor(x: Array, weight: Array) -> Array:
+    columns = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)  # else XLA turns it back
+    return jnp.einsum("ir,io->ro", columns, weight).reshape(*x.shape[:-1], -1)
 
 
 def _multiply_padded(x: Array, weight: Array) -> Array:

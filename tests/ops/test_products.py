@@ -14,12 +14,22 @@ def draw(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("shape", [(24,), (1, 24), (1, 1, 24), (1, 22), (3, 24)])
+@pytest.mark.parametrize(
+    "shape", [(24,), (1, 24), (1, 1, 24), (1, 22), (2, 24), (3, 24), (1, 8, 24), (2, 3, 5, 24), (32, 24), (33, 24)]
+)
 def test_multiply(shape):
     x, weight = draw(*shape), draw(shape[-1], 10, seed=1)
     got = jax.jit(multiply)(x, weight)
     assert got.shape == (*shape[:-1], 10)
     np.testing.assert_allclose(got, x @ weight, rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_of_multiplied_rows():
+    x, weight, out = draw(2, 4, 24), draw(24, 10, seed=1), draw(2, 4, 10, seed=2)
+    _, pull_back = jax.vjp(jax.jit(multiply), x, weight)
+    expected = out @ weight.T, np.einsum("bti,bto->io", x, out)
+    for got, want in zip(pull_back(out), expected, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_single_row_of_16_bit_numbers_is_summed_in_float32():
@@ -35,6 +45,13 @@ def test_single_row_of_16_bit_numbers_is_summed_in_float32():
 def test_single_row_is_multiplied_in_parts():
     program = jax.jit(multiply).lower(draw(1, 24), draw(24, 10)).compile().as_text()
     assert re.search(r"f32\[4,(1,)?10\]\S* dot\(", program)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's program")
+def test_few_rows_are_kept_from_the_library_that_packs_weights():
+    program = jax.jit(multiply).lower(draw(8, 64), draw(64, 512)).compile().as_text()
+    assert "ynn_fusion" not in program and "lhs_contracting_dims={0}" in program
+    assert "ynn_fusion" in jax.jit(jnp.matmul).lower(draw(8, 64), draw(64, 512)).compile().as_text()
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 5, 7, 8, 9, 15, 16, 17, 40])
