@@ -84,7 +84,7 @@ def _draft(
         proposal = propose(replace(settings, block_size=block_size), params, state)
         if proposal.confidence is None:
             raise ValueError("`propose` returns no confidence, which `verify_widths` are chosen by; fill it in")
-        return jax.tree.map(pad, proposal)
+        return jax.tree.map(pad, proposal.replace(noise=None))
 
     return jax.lax.switch(size, [partial(draft, block_size) for block_size in settings.verify_widths])
 
@@ -93,7 +93,7 @@ def verify_width(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, proposal: Proposal, num_drafts: int
 ) -> tuple[DecodeState, Int[Array, " B"]]:
     """Verify and commit the first drafts of a block; return the state and how many of them each row accepted."""
-    cut = jax.tree.map(lambda x: x[:, :num_drafts], proposal)
+    cut = jax.tree.map(lambda x: x[:, :num_drafts], proposal.replace(noise=None))
     logits, _, state = verify_block(settings, params, state, cut.tokens)
     num_accepted, next_token = accept_block(settings, state, cut, logits)
     return commit_accepted(state, cut.tokens, num_accepted, next_token), num_accepted

@@ -14,21 +14,18 @@ import numpy as np
 
 from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
 from domino_jax.decoding.adaptive_width import FREE, decode_adaptive, measure_costs
+from domino_jax.decoding.cache_growth import decode_growing
+from domino_jax.decoding.initial_state import init_last_hidden, init_state, round_up
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
 from domino_jax.decoding.speculative import Propose, decode_speculative, propose_block
-from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState, ModelParams, default_num_candidates
+from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams, default_num_candidates
 from domino_jax.decoding.survival import SurvivalCalibration, check_calibration
 from domino_jax.decoding.width_choice import WidthTable, name_choices
-from domino_jax.models.draft_backbone import init_draft_cache
-from domino_jax.models.qwen3 import init_target_cache
-from domino_jax.ops.kv_cache import KVCache
-from domino_jax.ops.sampling import SamplingParams
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
-from domino_jax.shapes import Array, Float, Params
+from domino_jax.shapes import Params
 from domino_jax.sharding import Layout, activate, check_sizes, fetch
 
-_CACHE_STEP = 128
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -224,11 +221,15 @@ class Decoder:
         sampling: list[SamplingConfig],
         stops: list[Sequence[int]],
         num_rows: int,
+        may_grow: bool = False,
     ) -> tuple[ModelParams, DecodeState]:
-        """Return what a loop runs with after prefill: rows up to `num_rows` are padding, and done."""
+        """Return what a loop runs with after prefill: rows up to `num_rows` are padding, and done.
+
+        Where caches `may_grow` they are short at first, and the loop has to be run as `decode_growing` does.
+        """
         num_real = len(prompts)
         if self.layout:
-            num_rows = _round_up(num_rows, self.layout.num_data)
+            num_rows = round_up(num_rows, self.layout.num_data)
         padding = num_rows - num_real
         state = init_state(
             loop,
@@ -237,6 +238,7 @@ class Decoder:
             sampling + [SamplingConfig()] * padding,
             stops + [()] * padding,
             self.layout,
+            may_grow,
         )
         params = self.params if loop.draft else ModelParams(self.params.target)
         # Chunks do not depend on how blocks are drafted or tokens chosen: one program serves all such settings.
@@ -262,16 +264,18 @@ class Decoder:
         propose: Propose,
     ) -> list[Generation]:
         began = time.perf_counter()
-        params, state = self.start_batch(loop, prompts, budgets, sampling, stops, num_rows)
+        # What rounds of chosen width cost is measured for caches of one length.
+        may_grow = not loop.verify_widths
+        params, state = self.start_batch(loop, prompts, budgets, sampling, stops, num_rows, may_grow)
         prefill_s = time.perf_counter() - began
         table = self._find_table(loop, params, state, propose) if loop.verify_widths else None
         first_token_at = time.perf_counter()
         if table is not None:
             state, progress = decode_adaptive(loop, params, state, table, FREE, np.int32(_NO_LIMIT), propose)
         elif loop.draft:
-            state = decode_speculative(loop, params, state, propose)
+            state = decode_growing(lambda state: decode_speculative(loop, params, state, propose), state)
         else:
-            state = decode_plain(loop, params, state)
+            state = decode_growing(lambda state: decode_plain(loop, params, state), state)
         state = jax.block_until_ready(state)
         self.last_timings = Timings(prefill_s, time.perf_counter() - first_token_at)
         if table is not None:
@@ -293,75 +297,6 @@ def _per_row(value: object, num_rows: int, name: str, is_single: object) -> list
     if len(value) != num_rows:
         raise DecodingError(f"{name} has {len(value)} entries for {num_rows} prompts; give one, or one for each")
     return list(value)
-
-
-def _round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def init_last_hidden(settings: DecodeSettings, batch: int, layout: Layout | None = None) -> Float[Array, "B D"]:
-    """Return the last prompt states before any chunk was run, as `prefill_chunk` takes them."""
-    shape = jax.ShapeDtypeStruct((batch, settings.target.hidden_size), jnp.dtype(settings.dtype))
-    return layout.zeros({"last_hidden": shape})["last_hidden"] if layout else jnp.zeros(shape.shape, shape.dtype)
-
-
-def _init_caches(
-    loop: DecodeSettings, batch: int, num_positions: int, layout: Layout | None
-) -> dict[str, KVCache | None]:
-    def make() -> dict[str, KVCache | None]:
-        dtype = jnp.dtype(loop.dtype)
-        return {
-            "target_cache": init_target_cache(loop.target, batch, num_positions, dtype),
-            "draft_cache": init_draft_cache(loop.draft, batch, num_positions, dtype) if loop.draft else None,
-        }
-
-    return layout.zeros(jax.eval_shape(make)) if layout else make()
-
-
-def init_state(
-    loop: DecodeSettings,
-    prompts: list[Sequence[int]],
-    budgets: list[int],
-    sampling: list[SamplingConfig],
-    stops: list[Sequence[int]],
-    layout: Layout | None = None,
-) -> DecodeState:
-    """Return the state before prefill: committed lengths are the prompts', rows without a budget are done."""
-    batch = len(prompts)
-    context = loop.target.max_position_embeddings
-    prompt_len = np.array([len(p) for p in prompts], np.int32)
-    budgets = [min(budget, context) for budget in budgets]
-    limit_len = np.minimum(prompt_len + np.array(budgets, np.int32), context)
-    longest_prefill = sum(split_into_chunks(int(prompt_len.max())))
-    num_positions = _round_up(max(int(limit_len.max()) + loop.num_draft_tokens + 1, longest_prefill), _CACHE_STEP)
-    tokens = np.zeros((batch, num_positions), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    num_stops = max([len(s) for s in stops] + [1])
-    stop_ids = np.full((batch, num_stops), -1, np.int32)
-    for row, ids in enumerate(stops):
-        stop_ids[row, : len(ids)] = ids
-    params = SamplingParams(
-        temperature=jnp.asarray([s.temperature for s in sampling], jnp.float32),
-        top_k=jnp.asarray([s.top_k for s in sampling], jnp.int32),
-        top_p=jnp.asarray([s.top_p for s in sampling], jnp.float32),
-        min_p=jnp.asarray([s.min_p for s in sampling], jnp.float32),
-        seed=jnp.asarray([s.seed for s in sampling], jnp.uint32),
-    )
-    state = DecodeState(
-        tokens=jnp.asarray(tokens),
-        sources=jnp.full((batch, num_positions), SOURCE_PROMPT, jnp.int8),
-        committed_len=jnp.asarray(prompt_len),
-        limit_len=jnp.asarray(limit_len),
-        stop_ids=jnp.asarray(stop_ids),
-        has_stopped=jnp.zeros(batch, bool),
-        is_done=jnp.asarray(limit_len <= prompt_len),
-        acceptance_lengths=jnp.zeros((batch, _round_up(max(budgets), _CACHE_STEP)), jnp.int32),
-        num_rounds=jnp.zeros(batch, jnp.int32),
-        sampling=params,
-        **_init_caches(loop, batch, num_positions, layout),
-    )
-    return layout.place(state) if layout else state
 
 
 def _to_generations(

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from domino_jax.decoding.cache_growth import can_go_on
 from domino_jax.decoding.state import SOURCE_TARGET, DecodeSettings, DecodeState, ModelParams, commit_tokens
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.ops.precision import in_full_precision
@@ -18,12 +19,20 @@ from domino_jax.sharding import constrain_tree
 
 
 def choose_next(
-    logits: Float[Array, "B W V"], positions: Int[Array, "B W"], state: DecodeState, settings: DecodeSettings
+    logits: Float[Array, "B W V"],
+    positions: Int[Array, "B W"],
+    state: DecodeState,
+    settings: DecodeSettings,
+    noise: Float[Array, "B W V"] | None = None,
 ) -> Int[Array, "B W"]:
-    """Return the target's own choice for the tokens at `positions`: the argmax, or a draw with the row's noise."""
+    """Return the target's own choice for the tokens at `positions`: the argmax, or a draw with the row's noise.
+
+    `noise` is that of the positions where it was drawn before.
+    """
     if settings.rule == "greedy":
         return choose(logits)
-    noise = gumbel_noise(state.sampling.seed, positions, logits.shape[-1], "choice")
+    if noise is None:
+        noise = gumbel_noise(state.sampling.seed, positions, logits.shape[-1], "choice")
     return choose_tokens(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling, noise)
 
 
@@ -53,5 +62,5 @@ def plain_step(settings: DecodeSettings, params: ModelParams, state: DecodeState
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
 @in_full_precision
 def decode_plain(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> DecodeState:
-    """Run `plain_step` until every row is done; `state` is donated."""
-    return jax.lax.while_loop(lambda s: ~jnp.all(s.is_done), lambda s: plain_step(settings, params, s), state)
+    """Run `plain_step` until every row is done, or one needs longer caches for a step; `state` is donated."""
+    return jax.lax.while_loop(partial(can_go_on, num_new=1), lambda s: plain_step(settings, params, s), state)

@@ -37,6 +37,8 @@ class Proposal:
 
     Attributes:
         probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
+        noise: what the target's own tokens at these positions and the one after them are drawn with, where drafts were
+            drawn with it too; None: nobody has drawn it yet.
         confidence: the drafter's probability of each token; under the rejection rule that of the likeliest token, which
             is known before one is drawn. None unless widths are chosen by it.
     """
@@ -44,15 +46,18 @@ class Proposal:
     tokens: Int[Array, "B P"]
     probs: Float[Array, "B P V"] | None
     confidence: Float[Array, "B P"] | None = None
+    noise: Float[Array, "B W V"] | None = None
 
 
-def draft_noise(settings: DecodeSettings, state: DecodeState, num_positions: int) -> Float[Array, "B W V"] | None:
-    """Return the noise drafts are chosen with at the next positions: the target's own under seed-exact."""
-    if settings.rule == "greedy":
-        return None
-    positions = state.committed_len[:, None] + jnp.arange(num_positions)
-    purpose = "choice" if settings.rule == "seed-exact" else "draft"
-    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, purpose)
+def choice_noise(settings: DecodeSettings, state: DecodeState) -> Float[Array, "B W V"]:
+    """Return the noise of the target's own choice of each token that a round may commit."""
+    positions = state.committed_len[:, None] + jnp.arange(settings.num_draft_tokens + 1)
+    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, "choice")
+
+
+def _draft_noise(settings: DecodeSettings, state: DecodeState) -> Float[Array, "B P V"]:
+    positions = state.committed_len[:, None] + jnp.arange(settings.num_draft_tokens)
+    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, "draft")
 
 
 def choose_block(
@@ -62,9 +67,29 @@ def choose_block(
     hidden: Float[Array, "B P D"],
     base_logits: Float[Array, "B P V"],
     anchors: Int[Array, " B"],
+    noise: Float[Array, "B W V"] | None = None,
 ) -> Proposal:
-    """Choose a block's tokens from the backbone's states and base logits."""
-    noise = draft_noise(settings, state, settings.num_draft_tokens)
+    """Choose a block's tokens from the backbone's states and base logits.
+
+    Under the seed-exact rule drafts are drawn with the target's own noise: `noise`, or `choice_noise` where it is None.
+    """
+    if settings.rule == "seed-exact":
+        shared = choice_noise(settings, state) if noise is None else noise
+        proposal = _choose_with(settings, params, state, hidden, base_logits, anchors, shared[:, :-1])
+        return proposal.replace(noise=shared)
+    noise = _draft_noise(settings, state) if settings.rule == "rejection" else None
+    return _choose_with(settings, params, state, hidden, base_logits, anchors, noise)
+
+
+def _choose_with(
+    settings: DecodeSettings,
+    params: ModelParams,
+    state: DecodeState,
+    hidden: Float[Array, "B P D"],
+    base_logits: Float[Array, "B P V"],
+    anchors: Int[Array, " B"],
+    noise: Float[Array, "B P V"] | None,
+) -> Proposal:
     if not (settings.draft.has_head and settings.use_head):
         return _choose_drafts(settings, state.sampling, base_logits, noise)
     if not settings.limits_candidates:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from domino_jax.decoding.plain import choose_next, read_anchor
 from domino_jax.decoding.prefill import run_chunk
-from domino_jax.decoding.rollout import choose_block
+from domino_jax.decoding.rollout import choice_noise, choose_block
 from domino_jax.decoding.speculative import backbone_block, verify_block
 from domino_jax.decoding.state import (
     SOURCE_BONUS,
@@ -134,9 +134,13 @@ def _by_sampling(settings: DecodeSettings, state: DecodeState, run: Callable[[De
 
 
 def _choose(
-    settings: DecodeSettings, slots: SlotState, logits: Float[Array, "B W V"], drafts: Int[Array, "B P"]
+    settings: DecodeSettings,
+    slots: SlotState,
+    logits: Float[Array, "B W V"],
+    drafts: Int[Array, "B P"],
+    noise: Float[Array, "B W V"] | None = None,
 ) -> Int[Array, "B W"]:
-    """Return the target's own choices after the adjustments of each row."""
+    """Return the target's own choices after the adjustments of each row; `noise` as in `choose_next`."""
     state = slots.decode
     is_adjusted = jnp.any(slots.adjustment.is_used & ~state.is_done)
     adjusted = jax.lax.cond(
@@ -145,7 +149,7 @@ def _choose(
         lambda: logits,
     )
     positions = state.committed_len[:, None] + jnp.arange(logits.shape[1])
-    return _by_sampling(settings, state, lambda inner: choose_next(adjusted, positions, state, inner))
+    return _by_sampling(settings, state, lambda inner: choose_next(adjusted, positions, state, inner, noise))
 
 
 def _commit(
@@ -191,9 +195,19 @@ def _commit(
     return slots, scores
 
 
-def _propose(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Int[Array, "B P"]:
+def _propose(
+    settings: DecodeSettings, params: ModelParams, state: DecodeState
+) -> tuple[Int[Array, "B P"], Float[Array, "B W V"]]:
+    """Return drafts, and the noise of the target's own choices: 0 where no row draws."""
     block = backbone_block(settings, params, state)
-    return _by_sampling(settings, state, lambda inner: choose_block(inner, params, state, *block).tokens)
+    noise = jax.eval_shape(partial(choice_noise, settings), state)
+    noise = jax.lax.cond(
+        jnp.any(~state.is_done & (state.sampling.temperature > 0)),
+        lambda: choice_noise(settings, state),
+        lambda: constrain(jnp.zeros(noise.shape, noise.dtype), "logits"),
+    )
+    drafts = _by_sampling(settings, state, lambda inner: choose_block(inner, params, state, *block, noise).tokens)
+    return drafts, noise
 
 
 def _speculative_round(
@@ -205,10 +219,10 @@ def _speculative_round(
     is_drafted: Bool[Array, " B"],
 ) -> tuple[SlotState, Scores]:
     state = slots.decode
-    drafts = _propose(settings, params, state)
+    drafts, noise = _propose(settings, params, state)
     logits, hidden, state = verify_block(settings, params, state, drafts)
     slots = slots.replace(decode=state)
-    choices = _choose(settings, slots, logits, drafts)
+    choices = _choose(settings, slots, logits, drafts, noise)
     # A row without drafts takes the target's first choice, as a refused first draft would.
     num_accepted, next_token = accept_equal(jnp.where(is_drafted[:, None], drafts, -1), choices)
     num_drafts = drafts.shape[1]
@@ -245,7 +259,7 @@ def _commit_choice(
 @in_full_precision
 def draft_only(settings: DecodeSettings, params: ModelParams, slots: SlotState) -> Int[Array, "B P"]:
     """Return the drafts of the next round; to time drafting by itself."""
-    return _propose(settings, params, slots.decode)
+    return _propose(settings, params, slots.decode)[0]
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
+from domino_jax.decoding.cache_growth import can_go_on
 from domino_jax.decoding.plain import choose_next
 from domino_jax.decoding.rollout import Proposal, choose_block
 from domino_jax.decoding.state import (
@@ -113,7 +114,7 @@ def accept_block(
     """Return how many drafts each row accepts and the target's token that follows them."""
     positions = state.committed_len[:, None] + jnp.arange(logits.shape[1])
     if settings.rule != "rejection":
-        return accept_equal(proposal.tokens, choose_next(logits, positions, state, settings))
+        return accept_equal(proposal.tokens, choose_next(logits, positions, state, settings, proposal.noise))
     target_probs = row_probabilities(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling)
     uniform = uniform_noise(state.sampling.seed, positions[:, :-1], "accept")
     num_accepted, law = accept_by_ratio(proposal.tokens, proposal.probs, target_probs, uniform)
@@ -165,5 +166,6 @@ def commit_accepted(
 def decode_speculative(
     settings: DecodeSettings, params: ModelParams, state: DecodeState, propose: Propose = propose_block
 ) -> DecodeState:
-    """Run rounds until every row is done; `state` is donated."""
-    return jax.lax.while_loop(lambda s: ~jnp.all(s.is_done), lambda s: run_round(settings, params, s, propose), state)
+    """Run rounds until every row is done, or one needs longer caches for a round; `state` is donated."""
+    goes_on = partial(can_go_on, num_new=settings.num_draft_tokens + 1)
+    return jax.lax.while_loop(goes_on, lambda s: run_round(settings, params, s, propose), state)

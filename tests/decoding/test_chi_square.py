@@ -14,7 +14,7 @@ import pytest
 from scipy import stats
 
 from domino_jax.config import SamplingConfig
-from domino_jax.decoding import generate, rollout, speculative
+from domino_jax.decoding import initial_state, rollout, speculative
 from domino_jax.models.qwen3 import Qwen3
 from tests.decoding.tiny_pair import make_decoder
 
@@ -33,7 +33,7 @@ def decoder():
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
     """Thousands of rows need few positions."""
-    monkeypatch.setattr(generate, "_CACHE_STEP", 8)
+    monkeypatch.setattr(initial_state, "_CACHE_STEP", 8)
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
 """Decoded tokens and acceptance lengths on a mesh are those of one device; run by `test_eight_devices.py`."""
 
 import functools
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from domino_jax.config import SamplingConfig
+from domino_jax.decoding import cache_growth
 from tests.sharding.small_pair import MESHES, NUM_NEW, PROMPTS, choose_quick, make_decoder, make_layout
 
 SAMPLED = [SamplingConfig(temperature=t, seed=s) for s, t in enumerate((0.0, 0.9, 1.2, 0.7, 0.0))]
@@ -23,12 +25,14 @@ WAYS = {
 
 
 NUM_CANDIDATES = {"candidates": 7, "sampled candidates": 7}
-WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}}
+WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}, "growing caches": {"sampling": SAMPLED}}
 
 
 def decode(layout, way):
     decoder = make_decoder(layout, NUM_CANDIDATES.get(way, 0))
-    generations = decoder.generate(PROMPTS, NUM_NEW, **WAYS[way])
+    shortest = 40 if way == "growing caches" else cache_growth._SHORTEST
+    with mock.patch.object(cache_growth, "_SHORTEST", shortest):
+        generations = decoder.generate(PROMPTS, NUM_NEW, **WAYS[way])
     return [(g.output_ids, g.token_sources, g.stats.acceptance_lengths) for g in generations]
 
 
