@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
-from domino_jax.ops.attention import attend, attend_blocks
+from domino_jax.ops.attention import attend_blocks
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.ops.products import multiply
 from domino_jax.shapes import Array, Float, Int
@@ -60,24 +60,14 @@ class DraftBackbone(nn.Module):
 
         The block's own keys and values are not cached: a block is drafted anew every round.
         """
-        block = block_embeddings.shape[1]
-        positions = anchor_pos[:, None] + jnp.arange(block)
-        is_context = jnp.broadcast_to(
-            (jnp.arange(cache.num_positions) < anchor_pos[:, None])[:, None],
-            (block_embeddings.shape[0], block, cache.num_positions),
-        )
-        attend_mask = jnp.concatenate([is_context, jnp.ones((*is_context.shape[:2], block), bool)], axis=-1)
+        positions = anchor_pos[:, None] + jnp.arange(block_embeddings.shape[1])
         x = block_embeddings.astype(self.dtype)
         for i, layer in enumerate(self.layers):
             normed = layer.normed_input(x)
-            keys, values = layer.keys_values(normed, positions)
-            mixed = attend(
-                layer.queries(normed, positions),
-                jnp.concatenate([cache.keys[i], keys.transpose(0, 2, 3, 1)], axis=-1),
-                jnp.concatenate([cache.values[i], values.transpose(0, 2, 1, 3)], axis=2),
-                attend_mask,
-            )
-            x = layer.finish(x, mixed)
+            own = (layer.queries(normed, positions), *layer.keys_values(normed, positions))
+            queries, keys, values = (states[:, None] for states in own)
+            mixed = attend_blocks(queries, cache.keys[i], cache.values[i], keys, values, anchor_pos[:, None])
+            x = layer.finish(x, mixed[:, 0])
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def train(
