@@ -19,6 +19,7 @@ from typing import Any
 import jax
 
 from domino_jax.checkpoints.huggingface import load_draft, load_target, resolve_directory
+from domino_jax.config import SamplingConfig
 from domino_jax.data.chat_template import find_stop_ids
 from domino_jax.decoding.generate import Decoder
 from domino_jax.decoding.survival import load_calibration
@@ -38,6 +39,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=options.positive, nargs="+", default=[1, 4, 16, 32])
     parser.add_argument("--limit", type=options.positive, help="only the first prompts")
     parser.add_argument("--max-new-tokens", type=options.positive, default=112)
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="seed-exact above 0; a prompt's place is its seed"
+    )
     parser.add_argument("--repeats", type=options.positive, default=3)
     parser.add_argument("--output", type=Path, required=True, help="folder; rows are added to what is there")
     return parser.parse_args(arguments)
@@ -50,13 +54,16 @@ def measure_batch(
     manners: dict[str, dict[str, Any]] = {"plain": {"block_size": 1}}
     manners |= {f"fixed {width}": {"block_size": width} for width in args.widths}
     manners["adaptive"] = {"verify_widths": args.widths}
-    groups = [prompts[i : i + batch] for i in range(0, len(prompts) - batch + 1, batch)]
+    places = range(0, len(prompts) - batch + 1, batch)
+    groups = [list(zip(range(i, i + batch), prompts[i : i + batch], strict=True)) for i in places]
     names, seconds = list(manners), {name: [0.0] * args.repeats for name in manners}
     choices: Counter[tuple[int, int]] = Counter()
     texts: dict[str, list[list[int]]] = {}
 
-    def decode(name: str, group: list[list[int]]) -> list[list[int]]:
-        found = decoder.generate(group, args.max_new_tokens, stop_ids=stop_ids, **manners[name])
+    def decode(name: str, group: list[tuple[int, list[int]]]) -> list[list[int]]:
+        sampling = [SamplingConfig(temperature=args.temperature, seed=seed) for seed, _ in group]
+        rows = [prompt for _, prompt in group]
+        found = decoder.generate(rows, args.max_new_tokens, sampling, stop_ids=stop_ids, **manners[name])
         return [g.output_ids for g in found]
 
     for name in names:
@@ -73,6 +80,7 @@ def measure_batch(
         {
             "batch": batch,
             "manner": name,
+            "temperature": args.temperature,
             "num_prompts": len(groups) * batch,
             "num_tokens": num_tokens,
             "seconds": seconds[name],
