@@ -15,12 +15,15 @@ from domino_jax.ops.kv_cache import KVCache
 from domino_jax.shapes import Array, Bool
 from domino_jax.sharding import constrain_tree
 
-_SHORTEST, _FACTOR = 512, 4
+SHORTEST = 512
+"""Positions of the shortest caches of a batch that may get longer ones."""
+
+_FACTOR = 4
 
 
 def first_cache_len(needed: int, longest: int) -> int:
     """Return the length to start with where `needed` positions are used at once and `longest` at most."""
-    length = _SHORTEST
+    length = SHORTEST
     while length < needed:
         length *= _FACTOR
     return length if 2 * length <= longest else longest

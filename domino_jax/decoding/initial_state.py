@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from domino_jax.config import SamplingConfig
+from domino_jax.decoding import cache_growth
 from domino_jax.decoding.cache_growth import first_cache_len
 from domino_jax.decoding.prefill import split_into_chunks
 from domino_jax.decoding.state import SOURCE_PROMPT, DecodeSettings, DecodeState
@@ -68,6 +69,8 @@ def init_state(
     cache_len = num_positions
     if may_grow:
         cache_len = first_cache_len(max(int(prompt_len.max()) + margin + 1, longest_prefill), num_positions)
+    if cache_len < num_positions:  # each length is another program more: fewer lengths
+        num_positions = round_up(num_positions, cache_growth.SHORTEST)
     tokens = np.zeros((batch, num_positions), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt

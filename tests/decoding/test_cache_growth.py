@@ -33,7 +33,7 @@ def test_records_are_those_of_long_caches(monkeypatch, sampling, way):
     run = {"max_new_tokens": BUDGETS, "sampling": sampling, "stop_ids": [[7], [], [], [9]], "batch_size": 8, **way}
     long = decoder.generate(PROMPTS, propose=propose_known, **run)
     lengths = record_lengths(monkeypatch)
-    monkeypatch.setattr(cache_growth, "_SHORTEST", 16)
+    monkeypatch.setattr(cache_growth, "SHORTEST", 16)
     monkeypatch.setattr(cache_growth, "_FACTOR", 2)
     assert decoder.generate(PROMPTS, propose=propose_known, **run) == long
     assert lengths[-2:] == [64, 128]
@@ -43,7 +43,7 @@ def test_a_batch_that_ends_early_never_gets_long_caches(monkeypatch):
     decoder = make_decoder()
     stop = [decoder.generate(PROMPTS[:1], 4, block_size=1)[0].output_ids[2]]
     lengths = record_lengths(monkeypatch)
-    monkeypatch.setattr(cache_growth, "_SHORTEST", 32)
+    monkeypatch.setattr(cache_growth, "SHORTEST", 32)
     (row,) = decoder.generate(PROMPTS[:1], 100, stop_ids=stop)
     assert row.finish_reason == "stop" and lengths == [32]
 

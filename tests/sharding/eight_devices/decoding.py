@@ -30,8 +30,8 @@ WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}, "growing
 
 def decode(layout, way):
     decoder = make_decoder(layout, NUM_CANDIDATES.get(way, 0))
-    shortest = 40 if way == "growing caches" else cache_growth._SHORTEST
-    with mock.patch.object(cache_growth, "_SHORTEST", shortest):
+    shortest = 40 if way == "growing caches" else cache_growth.SHORTEST
+    with mock.patch.object(cache_growth, "SHORTEST", shortest):
         generations = decoder.generate(PROMPTS, NUM_NEW, **WAYS[way])
     return [(g.output_ids, g.token_sources, g.stats.acceptance_lengths) for g in generations]
 
