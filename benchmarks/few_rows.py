@@ -2,8 +2,8 @@
 
     python benchmarks/few_rows.py --target DIR --draft DIR --blocks 7 15 --output benchmarks/DATE-cpu-few-rows
 
-A row of OUTPUT/rows.jsonl is one block size and manner: `library` (all products of several rows go to YNNPACK, as XLA
-does by itself) or `few rows apart` (as `domino_jax.ops.products` does); seconds of every repeat of a plain step, a
+A row of OUTPUT/rows.jsonl is one block size and manner: `library` (layers' products of several rows go to YNNPACK, as
+XLA does by itself) or `few rows apart` (as `domino_jax.ops.products` does); seconds of every repeat of a plain step, a
 verify pass and a round of greedy decoding with random caches, whose drafts are whatever the drafter says.
 """
 

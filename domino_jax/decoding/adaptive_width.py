@@ -86,14 +86,7 @@ def _draft(
             raise ValueError("`propose` returns no confidence, which `verify_widths` are chosen by; fill it in")
         return jax.tree.map(pad, proposal.replace(noise=None))
 
-    def draft_smallest(block_size: int) -> Proposal:
-        """Draft what is verified as it is: nobody asks how likely it is kept."""
-        proposal = propose(replace(settings, block_size=block_size, verify_widths=()), params, state)
-        confidence = jnp.zeros(proposal.tokens.shape)
-        return jax.tree.map(pad, proposal.replace(noise=None, confidence=confidence))
-
-    smallest, *others = settings.verify_widths
-    return jax.lax.switch(size, [partial(draft_smallest, smallest), *(partial(draft, other) for other in others)])
+    return jax.lax.switch(size, [partial(draft, block_size) for block_size in settings.verify_widths])
 
 
 def verify_width(
@@ -119,11 +112,7 @@ def _run_drafted(
     is_active, before = ~state.is_done, state.committed_len
     size = jnp.where(order[0] < 0, progress.size, order[1])
     proposal = _draft(settings, params, state, propose, size)
-    width = jax.lax.cond(
-        size > 0,
-        lambda: choose_width(settings, table, size, proposal.confidence, is_active, progress.tokens_per_s),
-        lambda: jnp.int32(0),
-    )
+    width = choose_width(settings, table, size, proposal.confidence, is_active, progress.tokens_per_s)
     width = jnp.where(order[0] < 0, width, order[2])
 
     def verify(num_drafts: int, carry: tuple[DecodeState, Progress]) -> tuple[DecodeState, Progress]:

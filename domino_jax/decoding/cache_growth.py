@@ -41,7 +41,9 @@ def decode_growing(run: Callable[[DecodeState], DecodeState], state: DecodeState
     state = run(state)
     longest = state.tokens.shape[1]
     while state.target_cache.num_positions < longest and not bool(jnp.all(state.is_done)):
-        state = run(_grow(state, first_cache_len(state.target_cache.num_positions + 1, longest)))
+        # In two steps: nothing holds the shorter caches while the loop runs.
+        state = _grow(state, first_cache_len(state.target_cache.num_positions + 1, longest))
+        state = run(state)
     return state
 
 

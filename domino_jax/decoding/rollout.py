@@ -37,8 +37,8 @@ class Proposal:
 
     Attributes:
         probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
-        noise: what the target's own tokens at these positions and the one after them are drawn with, where drafts were
-            drawn with it too; None: nobody has drawn it yet.
+        noise: `choice_noise` of the state, which the target's own tokens are drawn with, where drafts were drawn with
+            it too; None: nobody has drawn it yet.
         confidence: the drafter's probability of each token; under the rejection rule that of the likeliest token, which
             is known before one is drawn. None unless widths are chosen by it.
     """

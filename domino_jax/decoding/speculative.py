@@ -113,6 +113,10 @@ def accept_block(
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Return how many drafts each row accepts and the target's token that follows them."""
     positions = state.committed_len[:, None] + jnp.arange(logits.shape[1])
+    if proposal.noise is not None and proposal.noise.shape != logits.shape:
+        raise ValueError(
+            f"the noise of a proposal has shape {proposal.noise.shape}, the logits {logits.shape}; leave it out (None)"
+        )
     if settings.rule != "rejection":
         return accept_equal(proposal.tokens, choose_next(logits, positions, state, settings, proposal.noise))
     target_probs = row_probabilities(scale_and_filter(logits, state.sampling, settings.has_filters), state.sampling)
@@ -128,7 +132,7 @@ def run_round(
 ) -> DecodeState:
     """Advance every row that is not done by one round: 1 to K + 1 tokens.
 
-    `propose` drafts; whatever it returns, the committed text follows the target.
+    `propose` drafts; whatever tokens it returns, the committed text follows the target.
     """
     proposal = propose(settings, params, state)
     logits, _, state = verify_block(settings, params, state, proposal.tokens)

@@ -87,7 +87,7 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
     product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs it is
     multiplied part by part: XLA's threads would otherwise share the weight by columns, and each reads short pieces. A
     few rows are kept from YNNPACK there, which packs the whole weight for them: products with a turned left factor are
-    made by Eigen, which does not, in little more than half of the time.
+    made by Eigen, which does not (measured on an x86 CPU without AVX-512).
     """
     num_rows = x.size // x.shape[-1]
     if num_rows == 1:

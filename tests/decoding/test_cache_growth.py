@@ -1,5 +1,6 @@
 """Caches that grow along a batch: the records are those of caches that are long from the start."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,6 +58,9 @@ def record_lengths(monkeypatch):
         def run_recorded(state):
             lengths.append(state.target_cache.num_positions)
             assert state.draft_cache is None or state.draft_cache.num_positions == lengths[-1]
+            if len(lengths) > 1:
+                shorter = (*state.target_cache.keys[0].shape[:-1], lengths[-2])
+                assert all(x.shape != shorter for x in jax.live_arrays()), "the shorter caches are held"
             return run(state)
 
         return decode_growing(run_recorded, state)

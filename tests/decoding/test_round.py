@@ -170,3 +170,17 @@ def test_plain_decoding_of_one_row_copies_no_cache():
     body = program[: program.index("\nENTRY ")]
     copied = re.findall(r"= f32(\[[\d,]+\])\S* copy\(", body)
     assert not shapes & set(copied)
+
+
+def test_noise_of_another_width_is_refused():
+    decoder = make_decoder()
+    settings = replace(decoder.settings, block_size=3, rule="seed-exact")
+    state = generate.init_state(settings, [[1, 2, 3]], [8], [SamplingConfig(temperature=1.0)], [()])
+    wrong = replace(settings, block_size=2)
+
+    def propose(settings, params, state):
+        drafts = propose_block(wrong, params, state)
+        return drafts.replace(tokens=jnp.pad(drafts.tokens, ((0, 0), (0, 1))))
+
+    with pytest.raises(ValueError, match=r"the noise of a proposal has shape \(1, 3, 48\), the logits \(1, 4, 48\)"):
+        jax.eval_shape(lambda: run_round(settings, decoder.params, state, propose))
