@@ -73,31 +73,21 @@ def choose_block(
 
     Under the seed-exact rule drafts are drawn with the target's own noise: `noise`, or `choice_noise` where it is None.
     """
+    shared = None
     if settings.rule == "seed-exact":
         shared = choice_noise(settings, state) if noise is None else noise
-        proposal = _choose_with(settings, params, state, hidden, base_logits, anchors, shared[:, :-1])
-        return proposal.replace(noise=shared)
-    noise = _draft_noise(settings, state) if settings.rule == "rejection" else None
-    return _choose_with(settings, params, state, hidden, base_logits, anchors, noise)
-
-
-def _choose_with(
-    settings: DecodeSettings,
-    params: ModelParams,
-    state: DecodeState,
-    hidden: Float[Array, "B P D"],
-    base_logits: Float[Array, "B P V"],
-    anchors: Int[Array, " B"],
-    noise: Float[Array, "B P V"] | None,
-) -> Proposal:
+        noise = shared[:, :-1]
+    else:
+        noise = _draft_noise(settings, state) if settings.rule == "rejection" else None
     if not (settings.draft.has_head and settings.use_head):
-        return _choose_drafts(settings, state.sampling, base_logits, noise)
-    if not settings.limits_candidates:
-        return _roll_out_head(settings, state.sampling, params, hidden, base_logits, None, anchors, noise)
-    candidates = _find_candidates(settings, state.sampling, base_logits, noise)
-    logits = jnp.take_along_axis(base_logits, candidates, axis=-1)
-    noise = None if noise is None else jnp.take_along_axis(noise, candidates, axis=-1)
-    return _roll_out_head(settings, state.sampling, params, hidden, logits, candidates, anchors, noise)
+        return _choose_drafts(settings, state.sampling, base_logits, noise).replace(noise=shared)
+    candidates = None
+    if settings.limits_candidates:
+        candidates = _find_candidates(settings, state.sampling, base_logits, noise)
+        base_logits = jnp.take_along_axis(base_logits, candidates, axis=-1)
+        noise = None if noise is None else jnp.take_along_axis(noise, candidates, axis=-1)
+    proposal = _roll_out_head(settings, state.sampling, params, hidden, base_logits, candidates, anchors, noise)
+    return proposal.replace(noise=shared)
 
 
 def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
