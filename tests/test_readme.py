@@ -103,6 +103,7 @@ def load_program(path):
                 "benchmarks/serving_load.py",
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",
+                "benchmarks/few_rows.py",
                 "benchmarks/first_token.py",
                 "benchmarks/accelerator_round.py",
             },
