@@ -98,6 +98,7 @@ def load_program(path):
                 "scripts/compare_transformers.py",
                 "scripts/run_ablations.py",
                 "scripts/calibrate_survival.py",
+                "bench.py",
                 "benchmarks/widths.py",
                 "benchmarks/tpu_rounds.py",
                 "benchmarks/serving_load.py",
