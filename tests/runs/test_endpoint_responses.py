@@ -319,8 +319,14 @@ def test_a_limit_that_never_ends_stops(job, serve):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_waits_for_replies_and_goes_on_later(job, serve, whole, number):
     endpoint = serve()
-    endpoint.delay_s = 0.3
-    threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+    endpoint.delay_s = 1.0
+
+    def stop_once_asked():
+        while len(endpoint.asked) < 3:
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=stop_once_asked, daemon=True).start()
     with pytest.raises(RunStopped, match=r"stopped with \d+ of 12 chats to go; .*r\.jsonl keeps the rows"):
         job.run(endpoint)
     assert len(job.rows()) == 3 == len(endpoint.asked), "those in flight are kept, no more are asked"
