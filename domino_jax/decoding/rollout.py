@@ -37,10 +37,10 @@ class Proposal:
 
     Attributes:
         probs: the law each token was drawn from, given the ones before it; None unless the rule needs it.
-        noise: `choice_noise` of the state, which the target's own tokens are drawn with, where drafts were drawn with
-            it too; None: nobody has drawn it yet.
         confidence: the drafter's probability of each token; under the rejection rule that of the likeliest token, which
             is known before one is drawn. None unless widths are chosen by it.
+        noise: `choice_noise` of the state, which the target's own tokens are drawn with, where drafts were drawn with
+            it too; None: nobody has drawn it yet.
     """
 
     tokens: Int[Array, "B P"]
