@@ -99,6 +99,7 @@ def make_config(app: FastAPI) -> uvicorn.Config:
         proxy_headers=False,
         h11_max_incomplete_event_size=settings.max_header_bytes,
         timeout_graceful_shutdown=int(_ABORT_GRACE_S),
+        timeout_keep_alive=settings.idle_timeout_s,
     )
 
 

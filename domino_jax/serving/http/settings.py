@@ -25,6 +25,8 @@ class ApiSettings:
         header_timeout_s: seconds a client has to send a request's head.
         body_timeout_s: seconds a client has to send a request's body.
         request_timeout_s: seconds a request may take, queue included.
+        idle_timeout_s: seconds a connection without a request is kept; more than what clients and proxies keep it for
+            (5 to 60), or now and then one sends a request into a connection that is being closed.
         keep_alive_comment_s: silent seconds of a stream after which a comment is sent.
         drain_grace_s: seconds that open requests have after SIGTERM.
         write_timeout_s: seconds a client that does not read may block a stream.
@@ -48,6 +50,7 @@ class ApiSettings:
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
+    idle_timeout_s: int = 75
     keep_alive_comment_s: float = 10.0
     drain_grace_s: float = 30.0
     write_timeout_s: float = 60.0

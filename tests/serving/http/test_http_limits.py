@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from domino_jax.serving.http.settings import ApiSettings
 from tests.serving.http.fake_engine import FakeEngine
 
 BODY = json.dumps({"prompt": "x", "max_tokens": 2}).encode()
@@ -113,6 +114,17 @@ def test_requests_on_one_connection(server):
         connection.sendall(one * 3 + b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
         answer = read_all(connection)
     assert answer.count(b"HTTP/1.1 200") == 4
+
+
+def test_idle_connections_are_closed_later_than_clients_leave_them(serve):
+    # httpx keeps its own for 5 s, proxies for up to 60 s.
+    assert ApiSettings("fake").idle_timeout_s > 60
+    server = serve(FakeEngine(), idle_timeout_s=1)
+    with connect(server) as connection:
+        begin_s = time.monotonic()
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert read_all(connection).startswith(b"HTTP/1.1 200")  # and then its end, without an error
+        assert time.monotonic() - begin_s >= 1
 
 
 def test_a_client_that_does_not_read_is_dropped(serve):

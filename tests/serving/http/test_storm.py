@@ -51,7 +51,7 @@ async def storm(url, count, n):
 
 @pytest.mark.parametrize("ignores_cancel, n", [(0, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_gauges_return_to_zero_after_a_storm(serve, ignores_cancel, n):
-    engine = FakeEngine(round_s=0.003, num_slots=8, max_waiting=24, ignores_cancel=ignores_cancel)
+    engine = FakeEngine(round_s=0.003, num_slots=4, max_waiting=8, ignores_cancel=ignores_cancel)
     server = serve(engine, request_timeout_s=0.4)
     outcomes = asyncio.run(storm(server.url, 500, n))
     server.wait_until_idle()
