@@ -174,8 +174,8 @@ def break_seed_exact(monkeypatch):
     choose, accept = speculative.choose_next, speculative.accept_equal
     seen = {}
 
-    def broken_choose(logits, positions, state, settings):
-        usual = choose(logits, positions, state, settings)
+    def broken_choose(logits, positions, state, settings, noise):
+        usual = choose(logits, positions, state, settings, noise)
         same_noise = choose(logits, jnp.zeros_like(positions), state, settings)
         seen["fresh"] = choose(logits, positions + 1000, state, settings)
         seen["logits"] = logits
