@@ -13,23 +13,24 @@ says where the time of a round goes instead, and writes a figure beside the rows
 import argparse
 import json
 import sys
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target, resolve_directory
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
-from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_stop_ids, load_tokenizer
+from domino_jax.data.chat_template import ChatTemplateError
+from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
-from domino_jax.evaluation.prompts import PROMPT_SETS, Prompt, PromptError, load_prompts
+from domino_jax.evaluation.prompts import PROMPT_SETS, PromptError, load_prompts
+from domino_jax.evaluation.row_file import OutputError, check_output, write_rows
 from domino_jax.runs import options, round_profile
+from domino_jax.runs.prompt_tokens import open_text
 from domino_jax.runs.survival_file import find_calibration
 from domino_jax.sharding import find_layout
 
-_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, benchmark.OutputError, PromptError)
+_REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, OutputError, PromptError)
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -57,6 +58,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4")
     add("--no-head", action="store_true", help="draft from the base logits alone")
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
+    add("--draft-vocabulary", type=Path, help="tokens to draft from (scripts/choose_draft_vocabulary.py); else all")
     add("--limit", type=options.positive, help="only the first prompts")
     add("--repeats", type=options.positive, default=1, help="timed runs of each loop; the median counts")
     add("--stop-ids", help="token ids with commas between, empty for none; the model's own by default")
@@ -65,42 +67,15 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _open_text(args: argparse.Namespace, prompts: list[Prompt]) -> tuple[benchmark.TextCodec | None, tuple[int, ...]]:
-    """Return the target's tokenizer as callables, and the stop ids; prompts of ids need no tokenizer."""
-    directory = str(resolve_directory(args.target))
-    try:
-        tokenizer = load_tokenizer(directory, needs_template=any(p.messages or p.turns for p in prompts))
-    except ChatTemplateError as error:
-        if any(prompt.prompt_ids is None for prompt in prompts):
-            raise
-        print(f"no text in the rows: {error}", file=sys.stderr)
-        return None, _find_stop_ids(args.stop_ids, None, directory)
-    codec = benchmark.TextCodec(
-        encode_text=lambda text: list(tokenizer(text)["input_ids"]),
-        encode_chat=partial(encode_prompt, tokenizer, enable_thinking=args.enable_thinking),
-        decode=partial(tokenizer.decode, skip_special_tokens=True),
-    )
-    return codec, _find_stop_ids(args.stop_ids, tokenizer, directory)
-
-
-def _find_stop_ids(given: str | None, tokenizer: Any, directory: str) -> tuple[int, ...]:
-    try:
-        if given is None:
-            return find_stop_ids(tokenizer, directory)
-        return tuple(int(part) for part in given.split(",") if part.strip())
-    except ChatTemplateError as error:
-        raise ChatTemplateError(f"{error}, or give --stop-ids") from error
-    except ValueError as error:
-        raise PromptError(f"--stop-ids is {given!r}; give token ids with commas between, such as 5,7") from error
-
-
 def _run(args: argparse.Namespace) -> None:
     if args.output:
-        benchmark.check_output(args.output)
+        check_output(args.output)
     survival = find_calibration(args.calibration, args.verify_widths, args.draft)
     prompts = load_prompts(args.prompts, args.limit)
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    codec, stop_ids = _open_text(args, prompts)
+    codec, stop_ids = open_text(
+        str(resolve_directory(args.target)), prompts, args.stop_ids, enable_thinking=args.enable_thinking
+    )
     layout = find_layout(args.mesh) if args.mesh else None
     target_config, target_params = load_target(args.target, args.dtype, layout)
     draft = load_draft(args.draft, args.dtype, layout) if args.draft else None
@@ -110,7 +85,9 @@ def _run(args: argparse.Namespace) -> None:
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
     drafter = (draft.config, draft.params) if draft else (None, None)
-    decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, args.num_candidates, survival)
+    vocabulary = load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size)
+    limits = args.num_candidates, survival, vocabulary
+    decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, *limits)
     settings = benchmark.BenchmarkSettings(
         max_new_tokens=args.max_new_tokens,
         sampling=sampling,
@@ -126,7 +103,7 @@ def _run(args: argparse.Namespace) -> None:
     )
     shown = {**benchmark.shared_fields(decoder, settings), "seed": args.seed, "prompts": args.prompts}
     print(f"settings: {json.dumps(shown, ensure_ascii=False)}", flush=True)
-    rows = benchmark.write_rows(args.output, benchmark.measure(decoder, prompts, settings, codec))
+    rows = write_rows(args.output, benchmark.measure(decoder, prompts, settings, codec))
     print(benchmark.format_table(summarise(rows)))
     if args.output:
         print(f"rows: {args.output}")

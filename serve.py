@@ -56,9 +56,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     engine.add_argument(
         "--prefill-tokens", type=int, default=256, help="prompt tokens run between two calls under load"
     )
-    engine.add_argument(
-        "--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by vocabulary"
-    )
+    engine.add_argument("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all")
+    engine.add_argument("--draft-vocabulary", type=Path, help="tokens to draft from, as of bench.py; all by default")
     engine.add_argument("--prefix-cache-tokens", type=int, help="0 turns it off; half of the slots' own by default")
     engine.add_argument("--memory-fraction", type=float, default=0.9, help="part of the device's memory to use")
     engine.add_argument("--compilation-cache", default="~/.cache/domino_jax/xla", help="directory, or none")
@@ -96,6 +95,7 @@ def _run(args: argparse.Namespace) -> int:
     asked = server.ServerOptions(
         target=target,
         draft=draft,
+        draft_vocabulary=args.draft_vocabulary,
         model_id=args.served_model_name,
         mesh=args.mesh,
         dtype=args.dtype,

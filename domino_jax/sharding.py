@@ -82,8 +82,8 @@ _STATES: list[tuple[str, _Axes]] = [
     ("features|last_hidden", (None, "batch", None, None)),
     # a chunk of a prompt
     ("hidden", ("batch", None, None)),
-    # the rest of a training's state
-    ("key_data|ns_coeffs", (None,)),
+    # the rest of a training's state, and what may be drafted
+    ("key_data|ns_coeffs|vocabulary/token_ids", (None,)),
 ]
 """Path of another leaf -> logical axes. A leaf without axes (a count) is whole everywhere."""
 

@@ -14,6 +14,7 @@ from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, loa
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids
+from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.decoding.survival import FILE_NAME, save_calibration
 from domino_jax.evaluation.calibration import calibrate_survival
@@ -30,6 +31,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--draft", required=True, help="the same of the drafter")
     add("--prompts", required=True, help="JSONL file, as of bench.py")
     add("--widths", type=options.positive, nargs="+", required=True, help="block sizes")
+    add("--draft-vocabulary", type=Path, help="as of bench.py; give the one that rounds will draft from")
     add("--output", type=Path, help=f"{FILE_NAME} beside the drafter by default")
     add("--max-new-tokens", type=options.positive, default=256)
     add("--limit", type=options.positive, help="only the first prompts")
@@ -52,7 +54,8 @@ def _run(args: argparse.Namespace) -> None:
         draft.config.num_draft_tokens(width)
     if min(args.widths) < 2:
         raise ConfigError(f"--widths are {args.widths}; a block has 2 slots or more")
-    decoder = Decoder(target_config, target_params, draft.config, draft.params)
+    vocabulary = load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size)
+    decoder = Decoder(target_config, target_params, draft.config, draft.params, draft_vocabulary=vocabulary)
     for i, prompt in enumerate(ids):
         decoder.check_prompt(prompt, f"prompt {i + 1}")
     sampling = SamplingConfig(args.temperature, seed=args.seed)

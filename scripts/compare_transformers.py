@@ -19,9 +19,9 @@ from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError
 from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids, load_tokenizer
 from domino_jax.decoding.generate import Decoder, DecodingError
-from domino_jax.evaluation.benchmark import OutputError, check_output, write_rows
 from domino_jax.evaluation.metrics import committed_lengths, decoded_tokens, speed_up, tau_over_prompts, tau_over_rounds
 from domino_jax.evaluation.prompts import Prompt, PromptError, load_prompts
+from domino_jax.evaluation.row_file import OutputError, check_output, write_rows
 from domino_jax.runs.prompt_tokens import encode_prompts, open_tokenizer
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, OutputError, PromptError)

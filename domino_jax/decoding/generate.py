@@ -15,6 +15,7 @@ import numpy as np
 from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
 from domino_jax.decoding.adaptive_width import FREE, decode_adaptive, measure_costs
 from domino_jax.decoding.cache_growth import decode_growing
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary
 from domino_jax.decoding.initial_state import init_last_hidden, init_state, round_up
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
@@ -23,7 +24,7 @@ from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams, 
 from domino_jax.decoding.survival import SurvivalCalibration, check_calibration
 from domino_jax.decoding.width_choice import WidthTable, name_choices
 from domino_jax.records import SOURCE_NAMES, Generation, RoundStats
-from domino_jax.shapes import Params
+from domino_jax.shapes import Int, Params
 from domino_jax.sharding import Layout, activate, check_sizes, fetch
 
 _NO_LIMIT = np.iinfo(np.int32).max
@@ -61,15 +62,18 @@ class Decoder:
         layout: Layout | None = None,
         num_candidates: int | None = None,
         calibration: SurvivalCalibration | None = None,
+        draft_vocabulary: Int[np.ndarray, " U"] | None = None,
     ) -> None:
         """Hold both models; `dtype` names the activation and cache type.
 
         With a layout parameters and caches are split over its mesh, and rows over `data`; the text is the same.
         `num_candidates` tokens a slot are corrected by the head (`DecodeSettings`), 0: the whole vocabulary, None: the
-        default for its size. `calibration` says how likely drafts are kept, for `verify_widths`.
+        default for its size. `calibration` says how likely drafts are kept, for `verify_widths`. `draft_vocabulary` has
+        the tokens that may be drafted, ascending; None: all.
 
         Raises:
-            DecodingError: the drafter does not fit the target, or `num_candidates` is negative.
+            DecodingError: the drafter does not fit the target, `num_candidates` is negative, or there is a draft
+                vocabulary without a drafter.
             ConfigError: the layout splits what cannot be split.
         """
         misfits = find_misfits(draft_config, target_config) if draft_config else []
@@ -77,14 +81,24 @@ class Decoder:
             raise DecodingError("the drafter does not fit the target:\n  " + "\n  ".join(misfits))
         if num_candidates is not None and num_candidates < 0:
             raise DecodingError(f"num_candidates is {num_candidates}; give 0 for the whole vocabulary, or more")
+        if draft_vocabulary is not None and draft_config is None:
+            raise DecodingError("a draft vocabulary is given but no drafter; name one or leave the vocabulary out")
+        draft_vocab_size = 0 if draft_vocabulary is None else len(draft_vocabulary)
         if num_candidates is None:
-            num_candidates = default_num_candidates(target_config.vocab_size)
+            num_candidates = default_num_candidates(draft_vocab_size or target_config.vocab_size)
         check_sizes(layout, target_config, draft_config)
         self.settings = DecodeSettings(
-            target=target_config, draft=draft_config, dtype=dtype, num_candidates=num_candidates
+            target=target_config,
+            draft=draft_config,
+            num_candidates=num_candidates,
+            draft_vocab_size=draft_vocab_size,
+            dtype=dtype,
         )
         params = ModelParams(target_params, draft_params)
-        self.params = layout.place(params) if layout else params
+        params = layout.place(params) if layout else params
+        if draft_vocabulary is not None:
+            params = limit_vocabulary(params, draft_vocabulary, layout)
+        self.params = params
         self.layout = layout
         self.calibration = calibration
         self.last_timings = Timings(0.0, 0.0)

@@ -3,7 +3,8 @@
 The roll-out is the only sequential part of a draft, so nothing is in its loop that can be outside: the part of the
 correction that depends on the slot alone, and, over candidates, everything that is indexed by a token. Candidates
 of a slot are the M tokens that its base logits (with the noise they are chosen by) rank highest; a token outside them
-is not drafted. That changes which tokens are proposed, never which are committed.
+is not drafted. That changes which tokens are proposed, never which are committed. Where only part of the vocabulary
+may be drafted, everything here happens in that part, and tokens are named by their places in it until the end.
 
 Source: Domino, arXiv 2605.29707; candidate-limited correction as in SGLang.
 """
@@ -24,7 +25,7 @@ from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import SamplingParams, add_noise, gumbel_noise, row_probabilities, scale_and_filter
 from domino_jax.ops.vocabulary import choose, choose_and_look_up, choose_top, look_up
 from domino_jax.shapes import Array, Float, Int
-from domino_jax.sharding import constrain_tree, gather_parameter
+from domino_jax.sharding import constrain, constrain_tree, gather_parameter
 
 _MAX_GATE_ROWS = 256
 """Rows times candidates up to which an accelerator computes the gates of all candidates at once: one product that
@@ -55,9 +56,9 @@ def choice_noise(settings: DecodeSettings, state: DecodeState) -> Float[Array, "
     return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, "choice")
 
 
-def _draft_noise(settings: DecodeSettings, state: DecodeState) -> Float[Array, "B P V"]:
+def _draft_noise(settings: DecodeSettings, state: DecodeState) -> Float[Array, "B P U"]:
     positions = state.committed_len[:, None] + jnp.arange(settings.num_draft_tokens)
-    return gumbel_noise(state.sampling.seed, positions, settings.target.vocab_size, "draft")
+    return gumbel_noise(state.sampling.seed, positions, settings.num_choices, "draft")
 
 
 def choose_block(
@@ -65,7 +66,7 @@ def choose_block(
     params: ModelParams,
     state: DecodeState,
     hidden: Float[Array, "B P D"],
-    base_logits: Float[Array, "B P V"],
+    base_logits: Float[Array, "B P U"],
     anchors: Int[Array, " B"],
     noise: Float[Array, "B W V"] | None = None,
 ) -> Proposal:
@@ -77,17 +78,30 @@ def choose_block(
     if settings.rule == "seed-exact":
         shared = choice_noise(settings, state) if noise is None else noise
         noise = shared[:, :-1]
+        noise = noise if params.vocabulary is None else noise[..., params.vocabulary.token_ids]
     else:
         noise = _draft_noise(settings, state) if settings.rule == "rejection" else None
     if not (settings.draft.has_head and settings.use_head):
-        return _choose_drafts(settings, state.sampling, base_logits, noise).replace(noise=shared)
+        proposal = _choose_drafts(settings, state.sampling, base_logits, noise)
+        return _name_tokens(settings, params, proposal).replace(noise=shared)
     candidates = None
     if settings.limits_candidates:
         candidates = _find_candidates(settings, state.sampling, base_logits, noise)
         base_logits = jnp.take_along_axis(base_logits, candidates, axis=-1)
         noise = None if noise is None else jnp.take_along_axis(noise, candidates, axis=-1)
     proposal = _roll_out_head(settings, state.sampling, params, hidden, base_logits, candidates, anchors, noise)
-    return proposal.replace(noise=shared)
+    return _name_tokens(settings, params, proposal).replace(noise=shared)
+
+
+def _name_tokens(settings: DecodeSettings, params: ModelParams, proposal: Proposal) -> Proposal:
+    """Return a proposal whose tokens are ids, and whose laws are over the vocabulary, not over what may be drafted."""
+    if params.vocabulary is None:
+        return proposal
+    token_ids, probs = params.vocabulary.token_ids, proposal.probs
+    if probs is not None:
+        whole = jnp.zeros((*probs.shape[:-1], settings.target.vocab_size), probs.dtype)
+        probs = constrain(whole.at[..., token_ids].set(probs, indices_are_sorted=True, unique_indices=True), "logits")
+    return proposal.replace(tokens=token_ids[proposal.tokens], probs=probs)
 
 
 def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: Array, noise: Array | None) -> Proposal:
@@ -98,7 +112,7 @@ def _choose_drafts(settings: DecodeSettings, sampling: SamplingParams, logits: A
     )
 
 
-def _find_confidence(settings: DecodeSettings, log_weights: Float[Array, "B P V"], chosen: Array) -> Array | None:
+def _find_confidence(settings: DecodeSettings, log_weights: Float[Array, "B P U"], chosen: Array) -> Array | None:
     """Return `Proposal.confidence` of the entries `chosen` from log-weights."""
     if not settings.verify_widths:
         return None
@@ -124,7 +138,7 @@ def _draft_laws(settings: DecodeSettings, sampling: SamplingParams, log_weights:
 
 
 def _find_candidates(
-    settings: DecodeSettings, sampling: SamplingParams, base_logits: Float[Array, "B P V"], noise: Array | None
+    settings: DecodeSettings, sampling: SamplingParams, base_logits: Float[Array, "B P U"], noise: Array | None
 ) -> Int[Array, "B P M"]:
     if noise is None:
         return choose_top(base_logits, settings.num_candidates)
@@ -145,16 +159,17 @@ def _roll_out_head(
     anchors: Int[Array, " B"],
     noise: Float[Array, "B P M"] | None,
 ) -> Proposal:
-    """Draft token by token; `candidates` names the tokens the logits belong to, None: they are the vocabulary's.
+    """Draft token by token; `candidates` are the tokens the logits belong to, None: all that may be drafted.
 
     Devices that share the vocabulary exchange a step's token and its embedding at once. With filters over the whole of
     it there is a second exchange, of the logits, which have to be sorted; gates of candidates need none at all.
     """
     dtype = jnp.dtype(settings.dtype)
-    head = DominoHead(settings.draft, dtype=dtype)
+    head = DominoHead(settings.draft, dtype=dtype, num_choices=settings.num_choices)
     # Whole over `data` before the loop: under fsdp each step would gather it anew.
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
-    embedding = gather_parameter(params.target["embed_tokens"].astype(dtype), "embed_tokens")
+    embedding = params.target["embed_tokens"] if params.vocabulary is None else params.vocabulary.embed_tokens
+    embedding = gather_parameter(embedding.astype(dtype), "embed_tokens")
     read = partial(head.apply, variables, method=DominoHead.input_gates)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:

@@ -61,10 +61,19 @@ def draft_states(
 
 def backbone_block(
     settings: DecodeSettings, params: ModelParams, state: DecodeState
-) -> tuple[Float[Array, "B P D"], Float[Array, "B P V"], Int[Array, " B"]]:
+) -> tuple[Float[Array, "B P D"], Float[Array, "B P U"], Int[Array, " B"]]:
     """Return the states and base logits of the slots that draft tokens, and the anchors they start from."""
     hidden, anchors = draft_states(settings, params, state)
-    return hidden, project_to_vocabulary(hidden, head_weight(params.target)), anchors
+    return hidden, project_to_choices(params, hidden), anchors
+
+
+def project_to_choices(params: ModelParams, hidden: Float[Array, "B P D"]) -> Float[Array, "B P U"]:
+    """Return the base logits of the tokens that may be drafted."""
+    vocabulary = params.vocabulary
+    if vocabulary is None:
+        return project_to_vocabulary(hidden, head_weight(params.target))
+    is_tied = vocabulary.lm_head is None
+    return project_to_vocabulary(hidden, vocabulary.embed_tokens if is_tied else vocabulary.lm_head)
 
 
 def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Proposal:

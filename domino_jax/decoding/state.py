@@ -16,7 +16,7 @@ from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.sampling import SamplingParams
 from domino_jax.ops.verification import first_stop, write_rows
 from domino_jax.records import SOURCE_NAMES
-from domino_jax.shapes import Array, Bool, Int, Params
+from domino_jax.shapes import Array, Bool, Float, Int, Params
 
 SOURCE_PROMPT, SOURCE_TARGET, SOURCE_DRAFTED, SOURCE_CORRECTED, SOURCE_BONUS = range(len(SOURCE_NAMES))
 
@@ -45,8 +45,9 @@ class DecodeSettings:
         rule: `greedy` promises that every row has temperature 0 and draws no noise.
         has_filters: whether any row uses top-k, top-p or min-p.
         use_head: False drafts from the base logits although the drafter has a head.
-        num_candidates: tokens a slot the head corrects, those its base logits rank highest; 0 corrects the whole
-            vocabulary. The rejection rule needs the law of every token and always does the latter.
+        num_candidates: tokens a slot the head corrects, those its base logits rank highest; 0 corrects all that may
+            be drafted. The rejection rule needs the law of every token and always does the latter.
+        draft_vocab_size: tokens that may be drafted, those of `ModelParams.vocabulary`; 0: all.
         dtype: name of the activation and cache type.
         verify_widths: block sizes, ascending, the last one `block_size`, among which every round chooses what it drafts
             and what it verifies of that; empty: `block_size` always.
@@ -59,6 +60,7 @@ class DecodeSettings:
     has_filters: bool = False
     use_head: bool = True
     num_candidates: int = 0
+    draft_vocab_size: int = 0
     dtype: str = "float32"
     verify_widths: tuple[int, ...] = ()
 
@@ -68,18 +70,43 @@ class DecodeSettings:
         return self.draft.num_draft_tokens(self.block_size) if self.draft else 0
 
     @property
+    def num_choices(self) -> int:
+        """Tokens that a draft is chosen among."""
+        return self.draft_vocab_size or self.target.vocab_size
+
+    @property
     def limits_candidates(self) -> bool:
         """Whether the head corrects some tokens of a slot only."""
-        return 0 < self.num_candidates < self.target.vocab_size and self.rule != "rejection"
+        return 0 < self.num_candidates < self.num_choices and self.rule != "rejection"
+
+
+@no_type_check  # see `domino_jax.shapes`
+@flax.struct.dataclass
+class DraftVocabulary:
+    """The tokens that may be drafted, ascending, and the target's rows of them.
+
+    Attributes:
+        lm_head: None where it is tied to the embedding.
+    """
+
+    token_ids: Int[Array, " U"]
+    embed_tokens: Float[Array, "U D"]
+    lm_head: Float[Array, "U D"] | None = None
 
 
 @no_type_check  # see `domino_jax.shapes`
 @flax.struct.dataclass
 class ModelParams:
-    """Parameters of both models; `draft` is None for plain decoding."""
+    """Parameters of both models; `draft` is None for plain decoding.
+
+    Attributes:
+        vocabulary: what may be drafted, where that is not all (`domino_jax.decoding.draft_vocabulary`); the drafter's
+            head has the columns of its tokens alone then.
+    """
 
     target: Params
     draft: Params | None = None
+    vocabulary: DraftVocabulary | None = None
 
 
 @no_type_check  # see `domino_jax.shapes`

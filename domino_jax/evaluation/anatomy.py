@@ -26,11 +26,11 @@ from domino_jax.decoding.speculative import (
     commit_block,
     decode_speculative,
     draft_states,
+    project_to_choices,
     read_block,
     write_features,
 )
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
-from domino_jax.models.qwen3 import head_weight, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array, Float, Int
@@ -115,7 +115,7 @@ class _Carry:
 
     state: DecodeState
     hidden: Float[Array, "B P D"]
-    base_logits: Float[Array, "B P V"]
+    base_logits: Float[Array, "B P U"]
     drafts: Int[Array, "B P"]
     logits: Float[Array, "B W V"]
     features: Float[Array, "B W CD"]
@@ -137,7 +137,7 @@ def _run_backbone(settings: DecodeSettings, params: ModelParams, carry: _Carry) 
 
 def _run_lm_head(settings: DecodeSettings, params: ModelParams, carry: _Carry) -> _Carry:
     hidden = carry.hidden + _nan_to_one(carry.base_logits[..., :1]).astype(carry.hidden.dtype)
-    return carry.replace(hidden=hidden, base_logits=project_to_vocabulary(hidden, head_weight(params.target)))
+    return carry.replace(hidden=hidden, base_logits=project_to_choices(params, hidden))
 
 
 def _run_domino_head(settings: DecodeSettings, params: ModelParams, carry: _Carry) -> _Carry:
@@ -243,7 +243,7 @@ def _random_carry(settings: DecodeSettings, state: DecodeState, context: int) ->
     return _Carry(
         state=rewind(state, context),
         hidden=jax.random.normal(keys[0], (batch, drafts, width), dtype),
-        base_logits=jax.random.normal(keys[1], (batch, drafts, vocab)),
+        base_logits=jax.random.normal(keys[1], (batch, drafts, settings.num_choices)),
         drafts=jax.random.randint(keys[2], (batch, drafts), 0, vocab, jnp.int32),
         logits=jax.random.normal(keys[3], (batch, drafts + 1, vocab)),
         features=jax.random.normal(keys[4], (batch, drafts + 1, width * len(draft.target_layer_ids)), dtype),
@@ -327,17 +327,18 @@ def count_work(settings: DecodeSettings, batch: int, context: int) -> dict[str, 
     kv_width, layers = draft.num_key_value_heads * draft.head_dim, draft.num_hidden_layers
     backbone = layers * layer_size(draft)
     scores = 4 * layers * draft.num_attention_heads * draft.head_dim * context
-    draft_logits = 4 * batch * drafts * vocab
+    choices = settings.num_choices
+    draft_logits = 4 * batch * drafts * choices
     context_weights = width * width * len(draft.target_layer_ids) + layers * 2 * width * kv_width
     gru, rank = draft.gru_hidden_dim, draft.emb_dim
-    corrected = settings.num_candidates if settings.limits_candidates else vocab
+    corrected = settings.num_candidates if settings.limits_candidates else choices
     step_weights = 3 * gru * (width + gru) + rank * (gru + corrected)
     work = {
         "backbone": (
             item * (backbone + 2 * layers * kv_width * context * batch),
             batch * slots * (2 * backbone + scores),
         ),
-        "LM head": (item * vocab * width + draft_logits, 2 * batch * drafts * vocab * width),
+        "LM head": (item * choices * width + draft_logits, 2 * batch * drafts * choices * width),
         "Domino head": (
             item * (drafts * step_weights + width * rank) + draft_logits,
             2 * batch * drafts * (step_weights + width * rank),

@@ -6,11 +6,9 @@ which anything was compiled is repeated and its seconds are dropped. Knows no to
 of models.
 """
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -53,7 +51,8 @@ ROW_FIELDS = {
     "verify_widths": "block sizes each round chose among, plain decoding besides; empty: block_size always",
     "choices": "with them, rounds of the batch by size drafted/width verified, 1/1 for plain; else null",
     "use_head": "whether a head corrected the drafts",
-    "num_candidates": "tokens a slot the head corrected; 0: the whole vocabulary",
+    "num_candidates": "tokens a slot the head corrected; 0: all that could be drafted",
+    "draft_vocab_size": "tokens that could be drafted; 0: all",
     "batch_size": "prompts decoded together, at most",
     "repeats": "timed runs of each loop; seconds are their median",
     "stop_ids": "token ids that end a text",
@@ -66,10 +65,6 @@ ROW_FIELDS = {
 """Fields of a row and what they hold."""
 
 _MAX_ATTEMPTS = 3
-
-
-class OutputError(ValueError):
-    """A place where rows cannot be written; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -221,6 +216,7 @@ def shared_fields(decoder: Decoder, settings: BenchmarkSettings) -> Row:
         "verify_widths": list(settings.verify_widths),
         "use_head": settings.use_head and draft is not None and draft.has_head,
         "num_candidates": decoder.settings.num_candidates,
+        "draft_vocab_size": decoder.settings.draft_vocab_size,
         "batch_size": settings.batch_size,
         "repeats": settings.repeats,
         "stop_ids": list(settings.stop_ids),
@@ -338,36 +334,6 @@ def _target_margin(decoder: Decoder, chosen: Generation, plain: Generation, plac
     hidden = target.apply(variables, ids).hidden[0, -1]
     logits = target.apply(variables, hidden, method=Qwen3.logits)
     return float(jnp.abs(logits[plain.output_ids[place]] - logits[chosen.output_ids[place]]))
-
-
-def check_output(path: Path) -> None:
-    """Refuse a path that `write_rows` could not write, before anything is measured for it.
-
-    Raises:
-        OutputError: it is a directory or cannot be written.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        existed = path.exists()
-        path.open("a").close()
-        if not existed:
-            path.unlink()
-    except OSError as error:
-        raise OutputError(f"rows cannot be written to {path} ({error}); give a file where you may write") from error
-
-
-def write_rows(path: Path | None, rows: Iterable[Row]) -> list[Row]:
-    """Write rows as JSONL, each as soon as it is there, and return them; without a path they are only returned."""
-    if path is None:
-        return list(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    with path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-            written.append(row)
-    return written
 
 
 def format_table(table: dict[str, Any]) -> str:

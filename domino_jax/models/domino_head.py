@@ -25,10 +25,12 @@ class DominoHead(nn.Module):
 
     Attributes:
         dtype: type of the activations; parameters are cast to it where they are used.
+        num_choices: tokens whose logits are corrected; 0: the whole vocabulary.
     """
 
     config: DraftConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    num_choices: int = 0
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -38,7 +40,7 @@ class DominoHead(nn.Module):
         self.gru_input = self.param("gru_input", uniform, (width, 3 * gru))
         self.gru_hidden = self.param("gru_hidden", uniform, (gru, 3 * gru))
         self.down = self.param("down", uniform, (width + gru, rank))
-        self.up = self.param("up", nn.initializers.normal(INIT_STDDEV), (rank, c.vocab_size))
+        self.up = self.param("up", nn.initializers.normal(INIT_STDDEV), (rank, self.num_choices or c.vocab_size))
 
     def init_state(self, batch_shape: tuple[int, ...]) -> Float[Array, "*batch R"]:
         """Return the GRU's start state, 0."""

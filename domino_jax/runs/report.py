@@ -19,7 +19,7 @@ from domino_jax.checkpoints.huggingface import load_draft
 from domino_jax.config import SamplingConfig
 from domino_jax.data.stdlib_chats import Chat, check_answer
 from domino_jax.decoding.generate import Decoder
-from domino_jax.evaluation.benchmark import BenchmarkSettings, measure, write_rows
+from domino_jax.evaluation.benchmark import BenchmarkSettings, measure
 from domino_jax.evaluation.metrics import (
     Row,
     acceptance_by_slot,
@@ -31,6 +31,7 @@ from domino_jax.evaluation.metrics import (
     tau_over_rounds,
 )
 from domino_jax.evaluation.prompts import Prompt
+from domino_jax.evaluation.row_file import write_rows
 from domino_jax.processes import on_first
 from domino_jax.run_config import RunConfig
 from domino_jax.runs.draft import read_held_out

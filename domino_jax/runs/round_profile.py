@@ -5,10 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target
+from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation import anatomy
 from domino_jax.evaluation.anatomy_page import draw_anatomy, format_anatomy
-from domino_jax.evaluation.benchmark import check_output, write_rows
+from domino_jax.evaluation.row_file import check_output, write_rows
 from domino_jax.runs.options import positive
 
 _CONTEXTS, _BATCHES = (128, 1024), (1,)
@@ -28,7 +29,13 @@ def run(arguments: list[str]) -> None:
     check_draft_fits(draft.config, target_config)
     draft.config.num_draft_tokens(args.block_size)
     decoder = Decoder(
-        target_config, target_params, draft.config, draft.params, args.dtype, num_candidates=args.num_candidates
+        target_config,
+        target_params,
+        draft.config,
+        draft.params,
+        args.dtype,
+        num_candidates=args.num_candidates,
+        draft_vocabulary=load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size),
     )
     settings = replace(
         decoder.settings, block_size=args.block_size or draft.config.block_size, use_head=not args.no_head
@@ -58,6 +65,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--batches", type=positive, nargs="+", default=_BATCHES, help="rows of a round")
     add("--block-size", type=positive, help="slots of a block; the drafter's own by default")
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
+    add("--draft-vocabulary", type=Path, help="tokens to draft from; all by default")
     add("--no-head", action="store_true", help="draft from the base logits alone")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--repeats", type=positive, default=5, help="timed runs of each phase; the median counts")

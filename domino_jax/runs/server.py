@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.huggingface import (
@@ -28,6 +29,7 @@ from domino_jax.checkpoints.placed_tensors import TensorName
 from domino_jax.checkpoints.safetensors_io import read_json_object
 from domino_jax.config import ConfigError, DraftConfig, SamplingConfig, TargetConfig, require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vocabulary
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.folder import RunError, RunFolder
@@ -39,6 +41,7 @@ from domino_jax.serving.http.http_server import run_server
 from domino_jax.serving.http.settings import ApiSettings
 from domino_jax.serving.http.text_codec import ByteLevelCodec
 from domino_jax.serving.memory_plan import MemoryPlan, find_memory_limit, plan_memory, require_fit
+from domino_jax.shapes import Int
 from domino_jax.sharding import Layout, check_sizes, count_device_bytes, find_layout
 
 _USUAL_SLOTS = (32, 16, 8, 4, 2, 1)
@@ -51,6 +54,7 @@ class ServerOptions:
     Attributes:
         target: directory or hub id.
         draft: the same; None: plain decoding.
+        draft_vocabulary: file of the tokens to draft from; None: all.
         model_id: name in the API; None: the target's directory, or the run's where the target lies in one.
         max_slots: sequences that run at once; None: as many of 32 as fit.
         mesh: devices that share the models and the slots; None: one device.
@@ -61,6 +65,7 @@ class ServerOptions:
 
     target: str
     draft: str | None = None
+    draft_vocabulary: Path | None = None
     model_id: str | None = None
     mesh: MeshConfig | None = None
     dtype: str = "float32"
@@ -164,6 +169,7 @@ def serve(options: ServerOptions) -> int:
     codec = make_codec(load_tokenizer(str(directory)), str(directory))
     layout = find_layout(options.mesh) if options.mesh else None
     check_sizes(layout, target, draft)
+    options, vocabulary = read_vocabulary(options, target, draft)
     config, plan = size_engine(options, target, draft, layout)
     each = f" on each of {layout.mesh.size} devices" if layout else ""
     print(f"memory ({config.max_slots} slots){each}:", *plan.lines(), sep="\n", flush=True)
@@ -171,7 +177,8 @@ def serve(options: ServerOptions) -> int:
     def load() -> ModelParams:
         _, target_params = load_target(str(directory), options.dtype, layout)
         loaded = load_draft(str(draft_directory), options.dtype, layout) if draft_directory else None
-        return ModelParams(target_params, loaded.params if loaded else None)
+        params = ModelParams(target_params, loaded.params if loaded else None)
+        return params if vocabulary is None else limit_vocabulary(params, vocabulary, layout)
 
     engine = SlotEngine(target, draft, load, config, options.dtype, layout)
     path = directory.resolve()
@@ -185,6 +192,22 @@ def serve(options: ServerOptions) -> int:
         flush=True,
     )
     return run_server(create_app(engine, codec, settings), options.host, options.port)
+
+
+def read_vocabulary(
+    options: ServerOptions, target: TargetConfig, draft: DraftConfig | None
+) -> tuple[ServerOptions, Int[np.ndarray, " U"] | None]:
+    """Return the tokens that may be drafted, None for all, and the options with their number.
+
+    Raises:
+        ConfigError: there is a file and no drafter.
+        DraftVocabularyError: the file is no draft vocabulary of the target.
+    """
+    vocabulary = load_draft_vocabulary(options.draft_vocabulary, target.vocab_size)
+    if vocabulary is None:
+        return options, None
+    require(draft is not None, f"--draft-vocabulary {options.draft_vocabulary} is given but no drafter; leave one out")
+    return replace(options, engine=replace(options.engine, draft_vocab_size=len(vocabulary))), vocabulary
 
 
 def size_engine(
@@ -206,12 +229,18 @@ def size_engine(
     num_devices = layout.mesh.size if layout else 1
     limit = find_memory_limit(fraction, num_devices) if device_bytes is None else int(device_bytes * fraction)
 
-    def count_bytes(table: list[TensorName]) -> int:
-        shapes = {"/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, options.dtype) for row in table}
-        return count_device_bytes(layout.abstract(shapes) if layout else shapes)
+    def count_bytes(table: list[TensorName], num_choices: int = 0) -> int:
+        shapes = {"/".join(row.path): row.tree_shape for row in table}
+        if num_choices:
+            names = ["embed_tokens"] if target.tie_word_embeddings else ["embed_tokens", "lm_head"]
+            shapes |= {f"vocabulary/{name}": (num_choices, target.hidden_size) for name in names}
+            if "head/up" in shapes:
+                shapes["head/up"] = (shapes["head/up"][0], num_choices)
+        leaves = {path: jax.ShapeDtypeStruct(shape, options.dtype) for path, shape in shapes.items()}
+        return count_device_bytes(layout.abstract(leaves) if layout else leaves)
 
     target_bytes = count_bytes(target_table(target))
-    draft_bytes = count_bytes(draft_table(draft)) if draft else 0
+    draft_bytes = count_bytes(draft_table(draft), options.engine.draft_vocab_size) if draft else 0
 
     def plan(config: EngineConfig) -> MemoryPlan:
         settings = DecodeSettings(target=target, draft=draft, dtype=options.dtype)

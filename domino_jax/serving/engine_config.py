@@ -31,7 +31,8 @@ class EngineConfig:
         prefill_tokens_per_call: prompt tokens run between two calls while others are being served.
         prefix_cache_tokens: positions of the prefix cache; None: half of the slots' own; 0: no cache.
         prefix_block_len: positions of one of its blocks.
-        num_candidates: tokens a slot the head corrects; 0: the whole vocabulary; None: the default for its size.
+        num_candidates: tokens a slot the head corrects; 0: all that may be drafted; None: the default for their number.
+        draft_vocab_size: tokens that may be drafted; 0: all.
 
     Raises:
         ConfigError: a value is out of range.
@@ -48,6 +49,7 @@ class EngineConfig:
     prefix_cache_tokens: int | None = None
     prefix_block_len: int = 16
     num_candidates: int | None = None
+    draft_vocab_size: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_slots", "rounds_per_call", "prefill_tokens_per_call", "prefix_block_len"):
@@ -87,8 +89,14 @@ def find_settings(config: EngineConfig, target: TargetConfig, draft: DraftConfig
     """Return what all programs of an engine have in common."""
     num_candidates = config.num_candidates
     if num_candidates is None:
-        num_candidates = default_num_candidates(target.vocab_size)
-    return DecodeSettings(target=target, draft=draft, dtype=dtype, num_candidates=num_candidates)
+        num_candidates = default_num_candidates(config.draft_vocab_size or target.vocab_size)
+    return DecodeSettings(
+        target=target,
+        draft=draft,
+        num_candidates=num_candidates,
+        draft_vocab_size=config.draft_vocab_size,
+        dtype=dtype,
+    )
 
 
 def find_block_sizes(config: EngineConfig, draft: DraftConfig | None) -> tuple[int, ...]:

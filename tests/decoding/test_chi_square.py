@@ -15,6 +15,7 @@ from scipy import stats
 
 from domino_jax.config import SamplingConfig
 from domino_jax.decoding import initial_state, rollout, speculative
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary
 from domino_jax.models.qwen3 import Qwen3
 from tests.decoding.tiny_pair import make_decoder
 
@@ -98,10 +99,21 @@ def p_values(tokens, joint):
     return p_value(tokens, joint, (0, 1, 2)), p_value(tokens, joint, (1, 2, 3))
 
 
-@pytest.mark.parametrize(("rule", "num_candidates"), [("rejection", 0), ("seed-exact", 0), ("seed-exact", 4)])
-def test_joint_law(decoder, exact_law, rule, num_candidates):
+@pytest.mark.parametrize(
+    ("rule", "num_candidates", "draft_vocabulary"),
+    [
+        ("rejection", 0, None),
+        ("rejection", 0, (0, 2, 3, 4, 6)),
+        ("seed-exact", 0, None),
+        ("seed-exact", 4, None),
+    ],
+)
+def test_joint_law(decoder, exact_law, rule, num_candidates, draft_vocabulary):
     decoder = copy.copy(decoder)
     decoder.settings = replace(decoder.settings, num_candidates=num_candidates)
+    if draft_vocabulary:
+        decoder.settings = replace(decoder.settings, draft_vocab_size=len(draft_vocabulary))
+        decoder.params = limit_vocabulary(decoder.params, np.array(draft_vocabulary))
     draws = [draw(decoder, rule, ROWS, 10_000 * i) for i in range(8)]
     tokens = np.concatenate([d[0] for d in draws])
     first_rounds = np.array([lengths[0] for d in draws for lengths in d[1]])

@@ -13,7 +13,7 @@ from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.evaluation.benchmark import ROW_FIELDS
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
-from scripts import calibrate_survival
+from scripts import calibrate_survival, choose_draft_vocabulary
 
 BUDGET, BLOCK, CONTEXT = 8, 4, 64
 LINES = [
@@ -221,6 +221,31 @@ def test_widths_are_chosen_by_a_calibration(run, material, tmp_path, capsys):
         assert (status, rows) == (2, None) and message in printed.err, "refused before rows are written"
     status, rows, printed = run("--calibration", file)
     assert (status, rows) == (2, None) and "is for --verify-widths" in printed.err
+
+
+def test_drafts_from_a_chosen_vocabulary(run, material, tmp_path, capsys):
+    file = tmp_path / "draft_vocabulary.json"
+    status, rows, printed = run("--draft-vocabulary", file)
+    assert (status, rows) == (2, None) and "no draft vocabulary at" in printed.err
+    turns = [{"role": "user", "content": "say gamma"}, {"role": "assistant", "content": "gamma delta gamma"}]
+    chats = write_lines(tmp_path / "chats.jsonl", [{"messages": turns}] * 20)
+    command = ["--target", material / "target", "--data", chats, "--output", file]
+    assert choose_draft_vocabulary.main([*map(str, command), "--size", "16"]) == 0
+    printed = capsys.readouterr().out
+    assert "rows: 20 (0 could not be used)" in printed
+    assert "16 tokens have 100.00% of the held-out rows' tokens <- chosen" in printed
+    status, rows, printed = run("--draft-vocabulary", file)
+    assert status == 0
+    assert_speculative(rows, printed)
+    assert rows[0]["draft_vocab_size"] == read_settings(printed)["draft_vocab_size"] == 16
+    chosen = set(json.loads(file.read_text())["token_ids"])
+    for row in rows:
+        pairs = zip(row["output_ids"], row["token_sources"], strict=True)
+        assert {token for token, source in pairs if source == "drafted"} <= chosen
+    status, rows, printed = run("--draft-vocabulary", file, draft=False)
+    assert (status, rows) == (2, None) and "a draft vocabulary is given but no drafter" in printed.err
+    assert choose_draft_vocabulary.main([*map(str, command), "--size", "99999"]) == 2
+    assert "a draft vocabulary of 99999 tokens was asked for" in capsys.readouterr().err
 
 
 def test_text_needs_no_chat_template(run, material, tmp_path):

@@ -65,6 +65,10 @@ def test_counts_of_shapes():
     assert work["LM head"] == (4 * 48 * 32 + 4 * 3 * 5 * 48, 2 * 3 * 5 * 48 * 32)
     limited = count_work(DecodeSettings(target, draft, draft.block_size, num_candidates=4), 3, 10)
     assert limited["Domino head"][0] == work["Domino head"][0] - 4 * 5 * 16 * (48 - 4)
+    part = count_work(DecodeSettings(target, draft, draft.block_size, draft_vocab_size=8), 3, 10)
+    assert part["LM head"] == (4 * 8 * 32 + 4 * 3 * 5 * 8, 2 * 3 * 5 * 8 * 32)
+    assert part["Domino head"][0] == work["Domino head"][0] - 4 * (5 * 16 + 3 * 5) * (48 - 8)
+    assert part["verify"] == work["verify"]
 
 
 @pytest.mark.parametrize(

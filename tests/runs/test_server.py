@@ -10,13 +10,16 @@ import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 
 from domino_jax.checkpoints.huggingface import save_draft, save_target
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary, save_draft_vocabulary
 from domino_jax.decoding.state import ModelParams
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
@@ -111,6 +114,19 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         server.size_engine(options, target, draft)
 
 
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_weights_of_a_draft_vocabulary_are_counted(tmp_path, is_tied):
+    target, draft = make_configs()
+    target = replace(target, tie_word_embeddings=is_tied)
+    save_draft_vocabulary(tmp_path / "vocabulary.json", target.vocab_size, np.arange(0, 48, 3))
+    options = server.ServerOptions("unused", draft_vocabulary=tmp_path / "vocabulary.json")
+    options, vocabulary = server.read_vocabulary(options, target, draft)
+    params = ModelParams(draw_params(init_target_params, target, 0), draw_params(init_draft_params, draft, 1))
+    params = limit_vocabulary(params, vocabulary)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params.draft, params.vocabulary.replace(token_ids=None))))
+    assert dict(server.size_engine(options, target, draft)[1].parts)["drafter's weights"] == held
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,10 +144,15 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         (["--target", "TARGET", "--max-slots", "4", "--batch-sizes", "8"], "batch_sizes has 8"),
         (["--target", "TARGET", "--compilation-cache", "FILE"], "not a directory that can be written"),
         (["--target", "TARGET", "--block-sizes", "4,x"], "not a list of numbers"),
+        (
+            ["--target", "TARGET", "--draft", "DRAFT", "--draft-vocabulary", "none.json"],
+            "no draft vocabulary at none.json",
+        ),
+        (["--target", "TARGET", "--draft-vocabulary", "VOCABULARY"], "is given but no drafter"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_sentence(
-    repository, run_folder, tmp_path, monkeypatch, capsys, arguments, message
+    repository, run_folder, tokenizer, tmp_path, monkeypatch, capsys, arguments, message
 ):
     sys.path.insert(0, str(repository))
     try:
@@ -139,7 +160,9 @@ def test_mistakes_on_the_command_line_are_one_sentence(
     finally:
         sys.path.remove(str(repository))
     (tmp_path / "file").write_text("")
+    save_draft_vocabulary(tmp_path / "vocabulary.json", len(tokenizer), np.arange(9))
     places = {"TARGET": run_folder / "target", "DRAFT": run_folder / "draft", "FILE": tmp_path / "file"}
+    places["VOCABULARY"] = tmp_path / "vocabulary.json"
     monkeypatch.chdir(tmp_path)
     cache = [] if "--compilation-cache" in arguments else ["--compilation-cache", "none"]
     try:

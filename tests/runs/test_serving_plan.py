@@ -5,9 +5,11 @@ import sys
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 
 from domino_jax.config import ConfigError
+from domino_jax.decoding.draft_vocabulary import save_draft_vocabulary
 from domino_jax.run_config import MeshConfig
 from domino_jax.runs import serving_plan
 from domino_jax.runs.embedded import embedded_target_config
@@ -52,6 +54,14 @@ def test_a_round_verifies_its_block_for_every_row(plan):
     weights = 2 * (16 * 3 * 24 + 2 * 16 * 16 + 2 * 16 * 8) + 400 * 16
     verify = 2 * 4 * run.draft.block_size * weights
     assert verify < plan.round.flops < 4 * verify
+
+
+def test_a_draft_vocabulary_makes_a_round_cheaper(plan, tmp_path):
+    save_draft_vocabulary(tmp_path / "vocabulary.json", 400, np.arange(40))
+    part = plan_serving(replace(OPTIONS, draft_vocabulary=tmp_path / "vocabulary.json"), make_config(), make_topology())
+    drafted = 4 * 4 * 2 * 16  # operations of a drafted token's logit in four slots of four rows
+    assert part.round.flops == pytest.approx(plan.round.flops - drafted * (400 - 40), rel=0.05)
+    assert part.round.flops < plan.round.flops
 
 
 def test_lines(plan):

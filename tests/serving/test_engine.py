@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from domino_jax.config import ConfigError, SamplingConfig
+from domino_jax.decoding.generate import Decoder
 from domino_jax.decoding.prefill import MAX_PADDING
 from domino_jax.models.qwen3 import Qwen3
 from domino_jax.records import Penalties, Request
@@ -130,6 +131,22 @@ def test_candidates_of_the_head_change_drafts_and_no_text(decoder, driver):
     limited = copy.copy(decoder)
     limited.settings = dataclasses.replace(decoder.settings, num_candidates=2)
     own = EngineDriver(decoder, max_slots=4, batch_sizes=(4,), is_adaptive=False, num_candidates=2).wait_until_ready()
+    try:
+        answers = own.run(requests)
+    finally:
+        own.engine.stop()
+    for request, answer in zip(requests, answers, strict=True):
+        wanted = decode_alone(limited, request)
+        assert answer.output_ids == wanted.output_ids == decode_alone(decoder, request).output_ids
+        assert answer.acceptance_lengths == wanted.stats.acceptance_lengths
+
+
+def test_a_draft_vocabulary_changes_drafts_and_no_text(decoder, driver):
+    requests = make_mixed_requests(6, seed=5)
+    models = decoder.settings.target, decoder.params.target, decoder.settings.draft, decoder.params.draft
+    limited = Decoder(*models, draft_vocabulary=np.arange(0, decoder.settings.target.vocab_size, 2))
+    config = {"max_slots": 4, "batch_sizes": (4,), "is_adaptive": False}
+    own = EngineDriver(limited, draft_vocab_size=limited.settings.draft_vocab_size, **config).wait_until_ready()
     try:
         answers = own.run(requests)
     finally:

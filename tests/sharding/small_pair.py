@@ -60,9 +60,10 @@ def learn_texts(num_steps=150):
     return jax.tree.map(np.asarray, state.params)
 
 
-def make_decoder(layout=None, num_candidates=0):
+def make_decoder(layout=None, num_candidates=0, draft_vocabulary=None):
     target, target_params, draft, _ = make_pair()
-    return Decoder(target, target_params, draft, learn_texts(), layout=layout, num_candidates=num_candidates)
+    limits = {"num_candidates": num_candidates, "draft_vocabulary": draft_vocabulary}
+    return Decoder(target, target_params, draft, learn_texts(), layout=layout, **limits)
 
 
 def make_batch(seed, sequences, length=32):

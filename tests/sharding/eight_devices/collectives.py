@@ -8,9 +8,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from domino_jax.config import SamplingConfig
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary
 from domino_jax.decoding.generate import init_state
 from domino_jax.decoding.speculative import backbone_block, choose_block, decode_speculative
 from domino_jax.decoding.state import DecodeSettings, ModelParams
@@ -37,13 +39,17 @@ def dimensions(result):
     return [int(size) for group in re.findall(r"\[([0-9,]*)\]", result) for size in group.split(",") if size]
 
 
-def lower_decoding(function, mesh, rule="greedy", has_filters=False, num_candidates=0):
+def lower_decoding(function, mesh, rule="greedy", has_filters=False, num_candidates=0, draft_vocab_size=0):
     target, target_params, draft, draft_params = make_pair()
     layout = make_layout(*mesh)
-    settings = DecodeSettings(target, draft, BLOCK, rule, has_filters, num_candidates=num_candidates)
+    limits = {"num_candidates": num_candidates, "draft_vocab_size": draft_vocab_size}
+    settings = DecodeSettings(target, draft, BLOCK, rule, has_filters, **limits)
     rows = [[[1, 2]] * 8, [20] * 8, [SamplingConfig()] * 8, [()] * 8]
     state = layout.abstract(jax.eval_shape(lambda: init_state(settings, *rows)))
-    params = layout.abstract(jax.eval_shape(lambda: ModelParams(target_params, draft_params)))
+    params = ModelParams(target_params, draft_params)
+    if draft_vocab_size:
+        params = limit_vocabulary(params, np.arange(draft_vocab_size))
+    params = layout.abstract(jax.eval_shape(lambda: params))
     with activate(layout):
         return function.lower(settings, params, state).compile().as_text()
 
@@ -54,17 +60,20 @@ def roll_out(settings, params, state):
 
 @pytest.mark.parametrize("mesh", [(1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("rule", "has_filters", "num_candidates", "a_step"),
+    ("rule", "has_filters", "num_candidates", "draft_vocab_size", "a_step"),
     [
-        ("greedy", False, 0, 1),
-        ("greedy", False, 5, 1),
-        ("seed-exact", False, 0, 1),
-        ("rejection", False, 0, 1),
-        ("seed-exact", True, 0, 2),
+        ("greedy", False, 0, 0, 1),
+        ("greedy", False, 5, 0, 1),
+        ("greedy", False, 0, 40, 1),
+        ("greedy", False, 5, 40, 1),
+        ("seed-exact", False, 0, 0, 1),
+        ("rejection", False, 0, 0, 1),
+        ("seed-exact", True, 0, 0, 2),
     ],
 )
-def test_collectives_of_a_head_step(mesh, rule, has_filters, num_candidates, a_step):
-    program = lower_decoding(jax.jit(roll_out, static_argnums=0), mesh, rule, has_filters, num_candidates)
+def test_collectives_of_a_head_step(mesh, rule, has_filters, num_candidates, draft_vocab_size, a_step):
+    limits = has_filters, num_candidates, draft_vocab_size
+    program = lower_decoding(jax.jit(roll_out, static_argnums=0), mesh, rule, *limits)
     loops = set(re.findall(r"body=(%[\w.\-]+)", program))
     inside = [(kind, result) for name, kind, result in find_collectives(program) if name in loops]
     assert len(inside) == a_step, inside
@@ -76,14 +85,20 @@ def test_collectives_of_a_head_step(mesh, rule, has_filters, num_candidates, a_s
 
 @pytest.mark.parametrize("mesh", [(1, 8), (4, 2)], ids=str)
 @pytest.mark.parametrize(
-    ("rule", "num_candidates"), [("greedy", 0), ("greedy", 5), pytest.param("rejection", 0, marks=pytest.mark.slow)]
+    ("rule", "num_candidates", "draft_vocab_size"),
+    [
+        ("greedy", 0, 0),
+        ("greedy", 5, 0),
+        ("greedy", 0, 40),
+        pytest.param("rejection", 0, 0, marks=pytest.mark.slow),
+    ],
 )
-def test_no_round_gathers_logits_or_caches(mesh, rule, num_candidates):
+def test_no_round_gathers_logits_or_caches(mesh, rule, num_candidates, draft_vocab_size):
     target, _, drafter, _ = make_pair()
-    found = find_collectives(lower_decoding(decode_speculative, mesh, rule, num_candidates=num_candidates))
+    found = find_collectives(lower_decoding(decode_speculative, mesh, rule, False, num_candidates, draft_vocab_size))
     assert found
     for _, kind, result in found:
-        assert VOCAB not in dimensions(result), (kind, result)
+        assert not {VOCAB, draft_vocab_size or VOCAB} & set(dimensions(result)), (kind, result)
     # Two a layer, one each for embeddings and features, the head's, the target's choice, whether rows are done.
     num_layers = target.num_hidden_layers + drafter.num_hidden_layers
     # Of both laws: two for the normaliser, the drafts' probabilities, rows of temperature 0; and the residual's mass.

@@ -8,8 +8,9 @@ import pytest
 
 from domino_jax.config import SamplingConfig
 from domino_jax.decoding import cache_growth
-from tests.sharding.small_pair import MESHES, NUM_NEW, PROMPTS, choose_quick, make_decoder, make_layout
+from tests.sharding.small_pair import MESHES, NUM_NEW, PROMPTS, VOCAB, choose_quick, make_decoder, make_layout
 
+QUICK_WAYS = ("greedy", "rejection", "sampled candidates", "draft vocabulary")
 SAMPLED = [SamplingConfig(temperature=t, seed=s) for s, t in enumerate((0.0, 0.9, 1.2, 0.7, 0.0))]
 FILTERED = [SamplingConfig(), *(SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=s) for s in range(1, 5))]
 WAYS = {
@@ -24,12 +25,16 @@ WAYS = {
 }
 
 
-NUM_CANDIDATES = {"candidates": 7, "sampled candidates": 7}
+NUM_CANDIDATES = {"candidates": 7, "sampled candidates": 7, "some of a draft vocabulary": 7}
 WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}, "growing caches": {"sampling": SAMPLED}}
+SOME_TOKENS = np.flatnonzero(np.arange(VOCAB) % 4)
+WAYS |= {"draft vocabulary": {"sampling": SAMPLED}, "some of a draft vocabulary": {}}
+WAYS |= {"rejected of a draft vocabulary": {"sampling": SAMPLED, "rule": "rejection"}}
 
 
 def decode(layout, way):
-    decoder = make_decoder(layout, NUM_CANDIDATES.get(way, 0))
+    vocabulary = SOME_TOKENS if way.endswith("draft vocabulary") else None
+    decoder = make_decoder(layout, NUM_CANDIDATES.get(way, 0), vocabulary)
     shortest = 40 if way == "growing caches" else cache_growth.SHORTEST
     with mock.patch.object(cache_growth, "SHORTEST", shortest):
         generations = decoder.generate(PROMPTS, NUM_NEW, **WAYS[way])
@@ -57,6 +62,11 @@ def test_candidates_are_those_of_one_device(mesh):
     assert decode(make_layout(*mesh), "sampled candidates") == decode_on_one("sampled candidates")
 
 
+@pytest.mark.parametrize("mesh", choose_quick((1, 8, False)))
+def test_drafts_from_part_of_the_vocabulary_are_those_of_one_device(mesh):
+    assert decode(make_layout(*mesh), "draft vocabulary") == decode_on_one("draft vocabulary")
+
+
 @pytest.mark.parametrize("mesh", choose_quick((4, 2, False)))
 def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
     assert decode(make_layout(*mesh), "rejection") == decode_on_one("rejection")
@@ -64,6 +74,6 @@ def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in ("greedy", "rejection", "sampled candidates")])
+@pytest.mark.parametrize("way", [way for way in WAYS if way not in QUICK_WAYS])
 def test_every_way_of_decoding_is_that_of_one_device(mesh, way):
     assert decode(make_layout(*mesh), way) == decode_on_one(way)
