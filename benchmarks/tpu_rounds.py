@@ -21,9 +21,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from scaling_estimate import FLEETS, Fleet
 
-from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
+from domino_jax.config import SamplingConfig
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary
 from domino_jax.decoding.generate import init_state
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.speculative import decode_speculative
@@ -48,11 +50,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--topologies", nargs="+", choices=list(MESHES), default=list(MESHES))
     parser.add_argument("--context", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--rows", type=int, default=1, help="rows of every group of devices that shares a copy")
+    parser.add_argument("--draft-vocab-size", type=int, default=0, help="tokens that may be drafted, 0: all")
     parser.add_argument("--output", type=Path, required=True, help="folder of rows.jsonl, which is added to")
     return parser.parse_args(arguments)
 
 
-def predict(name: str, topology_name: str, context: int, rows: int) -> dict[str, Any]:
+def predict(name: str, topology_name: str, context: int, rows: int, draft_vocab_size: int = 0) -> dict[str, Any]:
     """Return the row of a target on a topology."""
     topology = find_topology(topology_name)
     layout = build_layout(MESHES[topology_name], topology.devices)
@@ -60,7 +63,12 @@ def predict(name: str, topology_name: str, context: int, rows: int) -> dict[str,
     draft = DraftSettings(num_hidden_layers=5, mask_token_id=target.vocab_size - 1).resolve(target, 0)
     check_sizes(layout, target, draft)
     settings = DecodeSettings(
-        target, draft, draft.block_size, num_candidates=default_num_candidates(target.vocab_size), dtype="bfloat16"
+        target,
+        draft,
+        draft.block_size,
+        num_candidates=default_num_candidates(target.vocab_size),
+        draft_vocab_size=draft_vocab_size,
+        dtype="bfloat16",
     )
     fleet = FLEETS[topology_name.partition(":")[0]]
     phases = count_work(settings, rows, context) | {"plain step": count_target_work(settings, rows, context, 1)}
@@ -78,6 +86,7 @@ def predict(name: str, topology_name: str, context: int, rows: int) -> dict[str,
         "context": context,
         "block_size": settings.block_size,
         "num_candidates": settings.num_candidates,
+        "draft_vocab_size": settings.draft_vocab_size,
         "phase_s": phase_s,
         "plain_s": plain_s,
         "round_s": round_s,
@@ -114,8 +123,8 @@ def exchange_s(fleet: Fleet, traffic: Traffic) -> float:
 def compile_loop(settings: DecodeSettings, layout: Layout, context: int, rows: int, is_plain: bool) -> Traffic:
     """Compile a decoding loop; return what one device moves, and of it in one turn."""
     if is_plain:
-        settings = replace(settings, draft=None, block_size=1)
-    params = abstract_params(settings.target, settings.draft)
+        settings = replace(settings, draft=None, block_size=1, draft_vocab_size=0)
+    params = abstract_params(settings)
     num_rows = rows * layout.num_data
     prompts = [[1] * context] * num_rows
     state = jax.eval_shape(
@@ -127,14 +136,18 @@ def compile_loop(settings: DecodeSettings, layout: Layout, context: int, rows: i
     return read_traffic(compiled.as_text())
 
 
-def abstract_params(target: TargetConfig, draft: DraftConfig | None) -> ModelParams:
+def abstract_params(settings: DecodeSettings) -> ModelParams:
     """Return the shapes of both models' weights in bfloat16."""
-    key = jax.random.key(0)
+    key, draft = jax.random.key(0), settings.draft
     params = ModelParams(
-        jax.eval_shape(partial(init_target_params, target), key),
+        jax.eval_shape(partial(init_target_params, settings.target), key),
         jax.eval_shape(partial(init_draft_params, draft), key) if draft else None,
     )
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
+    if settings.draft_vocab_size:
+        token_ids = np.arange(settings.draft_vocab_size)
+        params = jax.eval_shape(lambda params: limit_vocabulary(params, token_ids), params)
+    return params
 
 
 def format_row(row: dict[str, Any]) -> str:
@@ -162,7 +175,7 @@ def main() -> None:
     for name in args.targets:
         for topology_name in args.topologies:
             try:
-                row = predict(name, topology_name, args.context, args.rows)
+                row = predict(name, topology_name, args.context, args.rows, args.draft_vocab_size)
             except TopologyError as error:
                 raise SystemExit(f"tpu_rounds.py: {error}") from error
             with (args.output / "rows.jsonl").open("a") as file:

@@ -85,7 +85,7 @@ class Decoder:
             raise DecodingError("a draft vocabulary is given but no drafter; name one or leave the vocabulary out")
         draft_vocab_size = 0 if draft_vocabulary is None else len(draft_vocabulary)
         if num_candidates is None:
-            num_candidates = default_num_candidates(draft_vocab_size or target_config.vocab_size)
+            num_candidates = default_num_candidates(target_config.vocab_size)
         check_sizes(layout, target_config, draft_config)
         self.settings = DecodeSettings(
             target=target_config,

@@ -31,7 +31,7 @@ class EngineConfig:
         prefill_tokens_per_call: prompt tokens run between two calls while others are being served.
         prefix_cache_tokens: positions of the prefix cache; None: half of the slots' own; 0: no cache.
         prefix_block_len: positions of one of its blocks.
-        num_candidates: tokens a slot the head corrects; 0: all that may be drafted; None: the default for their number.
+        num_candidates: tokens a slot the head corrects; 0: all that may be drafted; None: by vocabulary.
         draft_vocab_size: tokens that may be drafted; 0: all.
 
     Raises:
@@ -89,7 +89,7 @@ def find_settings(config: EngineConfig, target: TargetConfig, draft: DraftConfig
     """Return what all programs of an engine have in common."""
     num_candidates = config.num_candidates
     if num_candidates is None:
-        num_candidates = default_num_candidates(config.draft_vocab_size or target.vocab_size)
+        num_candidates = default_num_candidates(target.vocab_size)
     return DecodeSettings(
         target=target,
         draft=draft,
