@@ -91,7 +91,16 @@ def load_program(path):
 @pytest.mark.parametrize(
     ("page", "programs"),
     [
-        ("README.md", {"bench.py", "serve.py", "scripts/regenerate_responses.py", "scripts/convert_checkpoint.py"}),
+        (
+            "README.md",
+            {
+                "bench.py",
+                "serve.py",
+                "scripts/regenerate_responses.py",
+                "scripts/convert_checkpoint.py",
+                "scripts/choose_draft_vocabulary.py",
+            },
+        ),
         (
             "benchmarks/README.md",
             {
@@ -105,6 +114,8 @@ def load_program(path):
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",
                 "benchmarks/few_rows.py",
+                "benchmarks/draft_vocabulary.py",
+                "scripts/choose_draft_vocabulary.py",
                 "benchmarks/first_token.py",
                 "benchmarks/accelerator_round.py",
             },
