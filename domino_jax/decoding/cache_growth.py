@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.decoding.state import DecodeState
-from domino_jax.ops.kv_cache import KVCache
+from domino_jax.ops.kv_cache import KVCache, fit_cache
 from domino_jax.shapes import Array, Bool
 from domino_jax.sharding import constrain_tree
 
@@ -54,14 +54,4 @@ def _grow(state: DecodeState, num_positions: int) -> DecodeState:
 
 @partial(jax.jit, static_argnums=1)
 def _lengthen(caches: dict[str, KVCache | None], num_positions: int) -> dict[str, KVCache | None]:
-    def fill(x: Array, axis: int) -> Array:
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, num_positions - x.shape[axis])
-        return jnp.pad(x, padding)
-
-    def lengthen(cache: KVCache | None) -> KVCache | None:
-        if cache is None:
-            return None
-        return KVCache(tuple(fill(x, 3) for x in cache.keys), tuple(fill(x, 2) for x in cache.values))
-
-    return constrain_tree({name: lengthen(cache) for name, cache in caches.items()})
+    return constrain_tree({name: cache and fit_cache(cache, num_positions) for name, cache in caches.items()})

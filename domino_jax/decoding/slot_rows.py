@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.decoding.slots import SlotState
-from domino_jax.ops.kv_cache import KVCache
+from domino_jax.ops.kv_cache import fit_cache, fit_length
 from domino_jax.shapes import Array, Bool, Int
 from domino_jax.sharding import constrain_tree
 
@@ -36,29 +36,13 @@ def resize_slots(
     slots: SlotState, rows: Int[Array, " new"], is_used: Bool[Array, " new"], num_positions: int
 ) -> SlotState:
     """Return the slots `rows`, with caches cut or lengthened to `num_positions`; those not `is_used` are done."""
-    old_positions = slots.decode.tokens.shape[1]
-
-    def gather(x: Array) -> Array:
-        return x[rows]
-
-    def fit(axis: int, x: Array) -> Array:
-        kept = jax.lax.slice_in_dim(x[rows], 0, min(num_positions, old_positions), axis=axis)
-        padding = [(0, 0)] * x.ndim
-        padding[axis] = (0, max(num_positions - old_positions, 0))
-        return jnp.pad(kept, padding)
-
-    def fit_cache(cache: KVCache | None) -> KVCache | None:
-        if cache is None:
-            return None
-        return KVCache(tuple(fit(3, keys) for keys in cache.keys), tuple(fit(2, values) for values in cache.values))
-
-    state = slots.decode
-    resized = jax.tree.map(gather, slots.replace(decode=state.replace(target_cache=None, draft_cache=None)))
-    decode = resized.decode.replace(
-        tokens=fit(1, state.tokens),
-        sources=fit(1, state.sources),
-        is_done=resized.decode.is_done | ~is_used,
-        target_cache=fit_cache(state.target_cache),
-        draft_cache=fit_cache(state.draft_cache),
+    slots = jax.tree.map(lambda x: x[rows], slots)
+    decode = slots.decode
+    decode = decode.replace(
+        tokens=fit_length(decode.tokens, 1, num_positions),
+        sources=fit_length(decode.sources, 1, num_positions),
+        is_done=decode.is_done | ~is_used,
+        target_cache=fit_cache(decode.target_cache, num_positions),
+        draft_cache=decode.draft_cache and fit_cache(decode.draft_cache, num_positions),
     )
-    return constrain_tree(resized.replace(decode=decode))
+    return constrain_tree(slots.replace(decode=decode))

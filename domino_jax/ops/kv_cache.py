@@ -43,6 +43,19 @@ def init_cache(
     return KVCache(keys, values)
 
 
+def fit_length(x: Array, axis: int, length: int) -> Array:
+    """Return `x` cut or filled with zeros to `length` along an axis."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, max(length - x.shape[axis], 0))
+    return jnp.pad(jax.lax.slice_in_dim(x, 0, min(length, x.shape[axis]), axis=axis), padding)
+
+
+def fit_cache(cache: KVCache, num_positions: int) -> KVCache:
+    """Return a cache cut or lengthened to `num_positions`."""
+    keys = tuple(fit_length(x, 3, num_positions) for x in cache.keys)
+    return KVCache(keys, tuple(fit_length(x, 2, num_positions) for x in cache.values))
+
+
 def write_layer(
     cache: KVCache,
     layer: int,
