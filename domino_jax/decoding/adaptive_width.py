@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from statistics import median
 from typing import TypeVar
 
 import jax
@@ -46,6 +45,7 @@ from domino_jax.decoding.width_choice import (
     WidthTable,
     choose_width,
     count_drafts,
+    fit_costs,
     init_progress,
     make_table,
     observe,
@@ -242,7 +242,7 @@ def measure_costs(
 ) -> WidthTable:
     """Time rounds of every kind from copies of a state, in the program that decodes; return the table for its shape.
 
-    The median of a few counts, after one that may compile. Caches are there twice meanwhile.
+    From a few counts (`fit_costs`), after one that may compile. Caches are there twice meanwhile.
     """
     num_sizes = len(settings.verify_widths)
     orders = [(PLAIN_TO_THE_END, 0, 0)]
@@ -266,7 +266,7 @@ def measure_costs(
             began = time.perf_counter()
             _, progress = jax.block_until_ready(decode_adaptive(settings, params, copy, *arguments, propose))
             seconds[order].append((time.perf_counter() - began) / max(int(progress.num_rounds), 1))
-    round_s = np.full((num_sizes, num_sizes), np.inf)
-    for _, size, width in orders[1:]:
-        round_s[size, width] = median(seconds[DRAFTED, size, width][1:])
-    return make_table(settings, calibration, median(seconds[orders[0]][1:]), round_s)
+    plain_s, round_s = fit_costs(
+        np.array([seconds[order][1:] for order in orders]), [order[1:] for order in orders[1:]]
+    )
+    return make_table(settings, calibration, plain_s, round_s)

@@ -267,3 +267,25 @@ def test_law_where_width_is_chosen(decoder, exact_law, cheat):  # noqa: F811
     # By itself too: the third token is the one that is verified or not, and few cells show a bias best.
     p = min(*p_values(tokens, exact_law), p_value(tokens, exact_law, (2,)))
     assert p < REFUSED if cheat else p > PLAUSIBLE, p
+
+
+def test_costs_come_through_a_drifting_machine():
+    """Speed doubles along the repeats, single counts are disturbed: parts are found to a few percent, in order."""
+    generator = np.random.default_rng(0)
+    rounds = [(size, width) for size in range(4) for width in range(size + 1)]
+    true_s = np.array([2.0, *(4.0 + 0.5 * size + 1.5 * width for size, width in rounds)]) * 1e-3
+    seconds = true_s[:, None] * np.linspace(1, 2, 5) * generator.lognormal(0, 0.05, (11, 5))
+    seconds[generator.integers(0, 11, 5), np.arange(5)] *= 3
+    plain_s, round_s = width_choice.fit_costs(seconds, rounds)
+    fitted_s = np.array([round_s[size, width] for size, width in rounds])
+    np.testing.assert_allclose(fitted_s / plain_s, true_s[1:] / true_s[0], rtol=0.08)
+    assert np.isinf(round_s[0, 1:]).all()
+    assert all((np.diff(round_s[size, : size + 1]) >= 0).all() for size in range(4)), "a wider pass is no cheaper"
+    assert all((np.diff(round_s[width:, width]) >= 0).all() for width in range(4)), "nor is a longer draft"
+    exact_s, exact = width_choice.fit_costs(np.repeat(true_s[:, None], 5, axis=1), rounds)
+    np.testing.assert_allclose([exact_s, *(exact[size, width] for size, width in rounds)], true_s, rtol=1e-6)
+
+
+def test_costs_of_a_single_size():
+    plain_s, round_s = width_choice.fit_costs(np.array([[1.0, 1.0, 1.0], [3.0, 3.0, 3.0]]), [(0, 0)])
+    np.testing.assert_allclose([plain_s, round_s[0, 0]], [1.0, 3.0])
