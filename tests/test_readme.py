@@ -114,6 +114,7 @@ def load_program(path):
                 "benchmarks/loading.py",
                 "benchmarks/cpu_sizes.py",
                 "benchmarks/few_rows.py",
+                "benchmarks/width_costs.py",
                 "benchmarks/draft_vocabulary.py",
                 "scripts/choose_draft_vocabulary.py",
                 "benchmarks/first_token.py",
