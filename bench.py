@@ -19,15 +19,14 @@ from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, loa
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.chat_template import ChatTemplateError
-from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.evaluation import benchmark
 from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, PromptError, load_prompts
 from domino_jax.evaluation.row_file import OutputError, check_output, write_rows
 from domino_jax.runs import options, round_profile
+from domino_jax.runs.draft_files import find_calibration, find_draft_vocabulary
 from domino_jax.runs.prompt_tokens import open_text
-from domino_jax.runs.survival_file import find_calibration
 from domino_jax.sharding import find_layout
 
 _REFUSALS = (CheckpointError, ConfigError, ChatTemplateError, DecodingError, OutputError, PromptError)
@@ -71,6 +70,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output)
     survival = find_calibration(args.calibration, args.verify_widths, args.draft)
+    vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
     prompts = load_prompts(args.prompts, args.limit)
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
     codec, stop_ids = open_text(
@@ -85,7 +85,6 @@ def _run(args: argparse.Namespace) -> None:
     elif args.block_size not in (None, 1):
         raise ConfigError(f"--block-size is {args.block_size} but there is no --draft; name a drafter or leave it out")
     drafter = (draft.config, draft.params) if draft else (None, None)
-    vocabulary = load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size)
     limits = args.num_candidates, survival, vocabulary
     decoder = Decoder(target_config, target_params, *drafter, args.dtype, layout, *limits)
     settings = benchmark.BenchmarkSettings(

@@ -5,7 +5,8 @@
 
 A row of the output is one table: seconds of every repeat (last axis) of a plain step and of rounds that draft a size
 and verify a width, one row of a batch, greedy. Printed for the medians of the repeats, for their minima and for
-`fit_costs`: how far the logarithm of a cost, over the table's mean cost, is apart between tables (standard deviation).
+`fit_costs`: how far the logarithm of a cost, over the table's mean cost, is apart between tables (standard deviation);
+and how far `fit_costs` of all tables together is from what was measured.
 """
 
 import argparse
@@ -77,6 +78,11 @@ def main() -> None:
         costs = np.log([read(np.array(table["seconds"]), table["rounds"]) for table in tables])
         spread = (costs - costs.mean(axis=1, keepdims=True)).std(axis=0)
         print(f"{name:9}: plain step {spread[0]:.3f}, rounds {spread[1:].mean():.3f}")
+    together = np.concatenate([table["seconds"] for table in tables], axis=1)
+    scale = np.exp(np.log(together).mean(axis=0))
+    measured = np.median(together / scale, axis=1) * np.median(scale)
+    bias = by_parts(together, tables[0]["rounds"]) / measured - 1
+    print(f"fit_costs of all tables over what was measured: {bias.min():+.1%} to {bias.max():+.1%}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, loa
 from domino_jax.checkpoints.safetensors_io import CheckpointError
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids
-from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder, DecodingError
 from domino_jax.decoding.survival import FILE_NAME, save_calibration
 from domino_jax.evaluation.calibration import calibrate_survival
 from domino_jax.evaluation.prompts import PromptError, load_prompts
 from domino_jax.runs import options
+from domino_jax.runs.draft_files import find_draft_vocabulary
 from domino_jax.runs.prompt_tokens import encode_prompts, open_tokenizer
 
 
@@ -44,6 +44,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     directory = str(resolve_directory(args.target))
+    vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
     prompts = load_prompts(args.prompts, args.limit)
     tokenizer = None if all(p.prompt_ids is not None for p in prompts) else open_tokenizer(directory, prompts)
     stop_ids, ids = find_stop_ids(tokenizer, directory), encode_prompts(tokenizer, prompts)
@@ -54,7 +55,6 @@ def _run(args: argparse.Namespace) -> None:
         draft.config.num_draft_tokens(width)
     if min(args.widths) < 2:
         raise ConfigError(f"--widths are {args.widths}; a block has 2 slots or more")
-    vocabulary = load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size)
     decoder = Decoder(target_config, target_params, draft.config, draft.params, draft_vocabulary=vocabulary)
     for i, prompt in enumerate(ids):
         decoder.check_prompt(prompt, f"prompt {i + 1}")

@@ -20,6 +20,7 @@ from domino_jax.data.chat_template import ChatTemplateError, find_stop_ids, load
 from domino_jax.data.pipeline import ChatSource
 from domino_jax.data.responses import ResponsesError
 from domino_jax.decoding.draft_vocabulary import choose_token_ids, save_draft_vocabulary
+from domino_jax.evaluation.row_file import OutputError, check_output
 from domino_jax.run_config import DataConfig
 from domino_jax.runs import options
 
@@ -44,6 +45,11 @@ def _run(args: argparse.Namespace) -> None:
     directory = str(resolve_directory(args.target))
     vocab_size = read_target_config(directory)[0].vocab_size
     tokenizer = load_tokenizer(directory)
+    ends = set(find_stop_ids(tokenizer, directory))
+    always = {i for i in ends.union(tokenizer.all_special_ids) if i < vocab_size}
+    # What cannot be is said before the data is read.
+    choose_token_ids(np.zeros(vocab_size, np.int64), args.size, always)
+    check_output(args.output)
     data = DataConfig(max_length=args.max_length, enable_thinking=args.enable_thinking)
     source = ChatSource(args.data, tokenizer, data, vocab_size)
     counted, held_out = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, np.int64)
@@ -51,11 +57,9 @@ def _run(args: argparse.Namespace) -> None:
         row = source[i]
         learned = np.array(row.ids)[np.array(row.loss_mask) > 0]
         np.add.at(held_out if i % _HELD_OUT == _HELD_OUT - 1 else counted, learned, 1)
-    always = {i for i in tokenizer.all_special_ids if i < vocab_size} | set(find_stop_ids(tokenizer, directory))
     chosen = choose_token_ids(counted, args.size, always)
     print(f"rows: {len(source)} ({source.index.report.num_bad} could not be used), tokens counted: {counted.sum()}")
     _print_shares(counted, held_out, always, args.size)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     save_draft_vocabulary(args.output, vocab_size, chosen)
     print(f"draft vocabulary: {args.output}")
 
@@ -73,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Choose as a command line says; return 0, or 2 with one sentence where it cannot be done."""
     try:
         _run(parse_arguments(sys.argv[1:] if arguments is None else arguments))
-    except (CheckpointError, ConfigError, ChatTemplateError, ResponsesError, OSError) as error:
+    except (CheckpointError, ConfigError, ChatTemplateError, OutputError, ResponsesError, OSError) as error:
         print(f"choose_draft_vocabulary.py: {error}", file=sys.stderr)
         return 2
     return 0

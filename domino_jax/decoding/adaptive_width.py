@@ -14,6 +14,7 @@ Source: the stopping rule's argument as for speculative sampling, arXiv 2211.171
 token is drawn, accepting or replacing it by the ratio follows the target's law, and so does drawing from it at once.
 """
 
+import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -259,8 +260,9 @@ def measure_costs(
         has_stopped=jnp.zeros_like(state.has_stopped),
     )
     seconds: dict[tuple[int, int, int], list[float]] = {order: [] for order in orders}
-    for _ in range(1 + _MEASURED_REPEATS):
-        for order in orders:
+    for repeat in range(1 + _MEASURED_REPEATS):
+        # In another sequence each time, so that none always follows the same one.
+        for order in random.Random(repeat).sample(orders, len(orders)):
             copy = jax.block_until_ready(jax.tree.map(jnp.copy, state))
             arguments = (table, jnp.asarray(order, jnp.int32), jnp.int32(_MEASURED_ROUNDS))
             began = time.perf_counter()

@@ -18,7 +18,6 @@ import numpy as np
 from domino_jax.config import ConfigError
 from domino_jax.decoding.state import DraftVocabulary, ModelParams
 from domino_jax.durable import write_atomically
-from domino_jax.models.qwen3 import head_weight
 from domino_jax.shapes import Array, Int
 from domino_jax.sharding import Layout, activate
 
@@ -45,6 +44,17 @@ def choose_token_ids(counts: Int[np.ndarray, " V"], size: int, always: Iterable[
     return np.sort(np.argsort(-ranks, kind="stable")[:size])
 
 
+def check_token_ids(token_ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse what are no different ids of a vocabulary, ascending.
+
+    Raises:
+        DraftVocabularyError: they are none.
+    """
+    is_list = token_ids.ndim == 1 and token_ids.size > 0 and token_ids.dtype.kind in "iu"
+    if not (is_list and token_ids[0] >= 0 and token_ids[-1] < vocab_size and (np.diff(token_ids) > 0).all()):
+        raise DraftVocabularyError(f"token_ids must be different ids of 0 .. {vocab_size - 1}, ascending, one at least")
+
+
 def save_draft_vocabulary(path: Path, vocab_size: int, token_ids: Int[np.ndarray, " U"]) -> None:
     """Write a draft vocabulary as JSON."""
     content = {"vocab_size": vocab_size, "token_ids": token_ids.tolist()}
@@ -62,15 +72,15 @@ def load_draft_vocabulary(path: Path | None, vocab_size: int) -> Int[np.ndarray,
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        token_ids, made_for = np.array(content["token_ids"]), content["vocab_size"]
-        is_right = token_ids.ndim == 1 and token_ids.size > 0 and token_ids.dtype.kind == "i"
-        if not (is_right and token_ids[0] >= 0 and (np.diff(token_ids) > 0).all()):
-            raise ValueError("token_ids must be different ids, ascending")
+        token_ids, made_for = np.array(content["token_ids"]), int(content["vocab_size"])
+        check_token_ids(token_ids, made_for)
+    except DraftVocabularyError as error:
+        raise DraftVocabularyError(f"{path} is not a draft vocabulary: {error}; {_HOW}") from error
     except OSError as error:
         raise DraftVocabularyError(f"no draft vocabulary at {path} ({error.strerror}); {_HOW}") from error
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise DraftVocabularyError(f"{path} is not a draft vocabulary ({error!r}); {_HOW}") from error
-    if made_for != vocab_size or token_ids[-1] >= vocab_size:
+    if made_for != vocab_size:
         raise DraftVocabularyError(
             f"{path} was made for a vocabulary of {made_for} tokens, the target has {vocab_size}; {_HOW}"
         )
@@ -83,18 +93,27 @@ def limit_vocabulary(
     """Return parameters that draft from `token_ids` alone; `DecodeSettings.draft_vocab_size` must be their number.
 
     With a layout `params` are laid out as it says, and so is what is added.
+
+    Raises:
+        DraftVocabularyError: `token_ids` are no different ids of the target, ascending.
     """
     assert params.draft is not None
+    check_token_ids(token_ids, params.target["embed_tokens"].shape[0])
+    head = params.draft.get("head")
+    # A head looks up what was drafted; without one the embedding serves as LM head only, where the two are tied.
+    names = [
+        name
+        for name in ("embed_tokens", "lm_head")
+        if name in params.target and (name == "lm_head" or head or "lm_head" not in params.target)
+    ]
 
     def cut(target: dict, up: Array | None, token_ids: Array) -> tuple[DraftVocabulary, Array | None]:
-        lm_head = head_weight(target)[token_ids] if "lm_head" in target else None
-        vocabulary = DraftVocabulary(token_ids, target["embed_tokens"][token_ids], lm_head)
+        vocabulary = DraftVocabulary(token_ids, **{name: weight[token_ids] for name, weight in target.items()})
         found = {"vocabulary": vocabulary, "head": {"up": None if up is None else up[:, token_ids]}}
         found = layout.constrain(found) if layout else found
         return found["vocabulary"], found["head"]["up"]
 
-    tables = {name: params.target[name] for name in ("embed_tokens", "lm_head") if name in params.target}
-    head = params.draft.get("head")
+    tables = {name: params.target[name] for name in names}
     with activate(layout):
         vocabulary, up = jax.jit(cut)(tables, head and head["up"], jnp.asarray(token_ids, jnp.int32))
     draft = params.draft if head is None else {**params.draft, "head": {**head, "up": up}}

@@ -221,7 +221,7 @@ class Decoder:
             raise DecodingError(
                 "verify_widths need a survival calibration: make one with scripts/calibrate_survival.py"
             )
-        check_calibration(self.calibration, draft, widths)
+        check_calibration(self.calibration, draft, widths, self.settings.draft_vocab_size)
         if rule == "rejection" and batch_size > 1:
             raise DecodingError(  # rows share a width, which would tell one about another's discarded noise
                 f"verify_widths under the rejection rule need batches of one row, these have {batch_size}; set it to 1"

@@ -86,11 +86,12 @@ class DraftVocabulary:
     """The tokens that may be drafted, ascending, and the target's rows of them.
 
     Attributes:
+        embed_tokens: None where nothing looks them up: without a head, and with an LM head of its own.
         lm_head: None where it is tied to the embedding.
     """
 
     token_ids: Int[Array, " U"]
-    embed_tokens: Float[Array, "U D"]
+    embed_tokens: Float[Array, "U D"] | None = None
     lm_head: Float[Array, "U D"] | None = None
 
 

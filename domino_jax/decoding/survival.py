@@ -47,9 +47,14 @@ class SlotSurvival:
 
 @dataclass(frozen=True)
 class SurvivalCalibration:
-    """Calibrated slots by block size."""
+    """Calibrated slots by block size.
+
+    Attributes:
+        draft_vocab_size: `DecodeSettings.draft_vocab_size` of the decodes; 0: everything could be drafted.
+    """
 
     sizes: Mapping[int, SlotSurvival]
+    draft_vocab_size: int = 0
 
 
 def fit_slots(confidence: Float[np.ndarray, "rounds P"], num_kept: Int[np.ndarray, " rounds"]) -> SlotSurvival:
@@ -79,7 +84,10 @@ def _fit_map(log_odds: Float[np.ndarray, " n"], is_kept: Bool[np.ndarray, " n"])
 
 def save_calibration(path: Path, calibration: SurvivalCalibration) -> None:
     """Write a calibration as JSON."""
-    content = {"block_sizes": {str(size): asdict(slots) for size, slots in calibration.sizes.items()}}
+    content = {
+        "draft_vocab_size": calibration.draft_vocab_size,
+        "block_sizes": {str(size): asdict(slots) for size, slots in calibration.sizes.items()},
+    }
     with write_atomically(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
@@ -93,7 +101,8 @@ def load_calibration(path: Path) -> SurvivalCalibration:
     how = "make one with scripts/calibrate_survival.py"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return SurvivalCalibration({int(size): _read_slots(slots) for size, slots in content["block_sizes"].items()})
+        sizes = {int(size): _read_slots(slots) for size, slots in content["block_sizes"].items()}
+        return SurvivalCalibration(sizes, int(content.get("draft_vocab_size", 0)))
     except OSError as error:
         raise CalibrationError(f"no survival calibration at {path} ({error.strerror}); {how}") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
@@ -110,14 +119,24 @@ def _read_slots(content: dict[str, Any]) -> SlotSurvival:
     return SlotSurvival(*(tuple(column.tolist()) for column in columns))
 
 
-def check_calibration(calibration: SurvivalCalibration, draft: DraftConfig, widths: Sequence[int]) -> None:
+def check_calibration(
+    calibration: SurvivalCalibration, draft: DraftConfig, widths: Sequence[int], draft_vocab_size: int = 0
+) -> None:
     """Refuse a calibration that was not made for these block sizes, or cannot be of this drafter.
 
     A calibration of an earlier state of a drafter is not noticed; texts stay right under it, choices get worse.
 
     Raises:
-        CalibrationError: a block size is missing or has another number of slots.
+        CalibrationError: a block size is missing or has another number of slots, or another number of tokens could be
+            drafted.
     """
+    if calibration.draft_vocab_size != draft_vocab_size:
+        made, used = (f"a draft vocabulary of {n}" if n else "all tokens" for n in
+                      (calibration.draft_vocab_size, draft_vocab_size))  # fmt: skip
+        raise CalibrationError(
+            f"the survival calibration was made with {made}, rounds draft from {used}; calibrate with the same "
+            "--draft-vocabulary (scripts/calibrate_survival.py)"
+        )
     for size in widths:
         wanted, slots = draft.num_draft_tokens(size), calibration.sizes.get(size)
         if slots is None:

@@ -9,7 +9,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import nnls
 
 from domino_jax.decoding.state import DecodeSettings
 from domino_jax.decoding.survival import SurvivalCalibration
@@ -100,16 +99,16 @@ def fit_costs(
 ) -> tuple[float, Float[np.ndarray, "sizes sizes"]]:
     """Return seconds of a plain step and of every round, infinite where the width is the larger.
 
-    `seconds` are those of plain steps and of `rounds`, (size, width) in ascending order. Each repeat counts over its
-    own mean, so that a machine whose speed drifts says the same. A round is a draft and a verify pass, and neither
-    gets cheaper with its size: least squares over such sums, by parts of what was measured.
+    `seconds` are those of plain steps and of `rounds`, (size, width). Each repeat counts over its own mean, so that a
+    machine whose speed drifts says the same; a round is a draft, which depends on the size, and a verify pass, which
+    depends on the width: least squares over such sums, by parts of what was measured.
     """
     scale = np.exp(np.log(seconds).mean(axis=0))
     plain_s, *measured_s = np.median(seconds / scale, axis=1) * np.median(scale)
     num_sizes = max(size for size, _ in rounds) + 1
     steps = np.arange(1, num_sizes)
     terms = np.array([[1, *(steps <= size), *(steps <= width)] for size, width in rounds], np.float64)
-    parts, _ = nnls(terms / np.array(measured_s)[:, None], np.ones(len(rounds)))
+    parts = np.linalg.lstsq(terms / np.array(measured_s)[:, None], np.ones(len(rounds)), rcond=None)[0]
     round_s = np.full((num_sizes, num_sizes), np.inf)
     for (size, width), fitted_s in zip(rounds, terms @ parts, strict=True):
         round_s[size, width] = fitted_s

@@ -75,6 +75,8 @@ class PhaseCost:
             "bandwidth_share": self.num_bytes / self.seconds / rates.bytes_per_s,
             "flops_share": self.num_flops / self.seconds / rates.flops_per_s,
             "dtype": settings.dtype,
+            "num_candidates": settings.num_candidates,
+            "draft_vocab_size": settings.draft_vocab_size,
             "device": jax.devices()[0].device_kind,
         }
 

@@ -69,4 +69,4 @@ def calibrate_survival(
                 f"budget of {max_new_tokens} tokens; allow more, or give more prompts"
             )
         sizes[size] = fit_slots(np.concatenate(confidence), np.concatenate(num_kept))
-    return SurvivalCalibration(sizes)
+    return SurvivalCalibration(sizes, decoder.settings.draft_vocab_size)

@@ -5,11 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, load_draft, load_target
-from domino_jax.decoding.draft_vocabulary import load_draft_vocabulary
 from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation import anatomy
 from domino_jax.evaluation.anatomy_page import draw_anatomy, format_anatomy
 from domino_jax.evaluation.row_file import check_output, write_rows
+from domino_jax.runs.draft_files import find_draft_vocabulary
 from domino_jax.runs.options import positive
 
 _CONTEXTS, _BATCHES = (128, 1024), (1,)
@@ -24,6 +24,7 @@ def run(arguments: list[str]) -> None:
     args = _parse(arguments)
     if args.output:
         check_output(args.output)
+    vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
     target_config, target_params = load_target(args.target, args.dtype)
     draft = load_draft(args.draft, args.dtype)
     check_draft_fits(draft.config, target_config)
@@ -35,7 +36,7 @@ def run(arguments: list[str]) -> None:
         draft.params,
         args.dtype,
         num_candidates=args.num_candidates,
-        draft_vocabulary=load_draft_vocabulary(args.draft_vocabulary, target_config.vocab_size),
+        draft_vocabulary=vocabulary,
     )
     settings = replace(
         decoder.settings, block_size=args.block_size or draft.config.block_size, use_head=not args.no_head

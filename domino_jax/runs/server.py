@@ -206,7 +206,10 @@ def read_vocabulary(
     vocabulary = load_draft_vocabulary(options.draft_vocabulary, target.vocab_size)
     if vocabulary is None:
         return options, None
-    require(draft is not None, f"--draft-vocabulary {options.draft_vocabulary} is given but no drafter; leave one out")
+    require(
+        draft is not None,
+        f"--draft-vocabulary {options.draft_vocabulary} is given but no drafter; name one with --draft or leave it out",
+    )
     return replace(options, engine=replace(options.engine, draft_vocab_size=len(vocabulary))), vocabulary
 
 
@@ -232,9 +235,10 @@ def size_engine(
     def count_bytes(table: list[TensorName], num_choices: int = 0) -> int:
         shapes = {"/".join(row.path): row.tree_shape for row in table}
         if num_choices:
-            names = ["embed_tokens"] if target.tie_word_embeddings else ["embed_tokens", "lm_head"]
+            has_head, is_tied = "head/up" in shapes, target.tie_word_embeddings
+            names = ["embed_tokens"] * (has_head or is_tied) + ["lm_head"] * (not is_tied)
             shapes |= {f"vocabulary/{name}": (num_choices, target.hidden_size) for name in names}
-            if "head/up" in shapes:
+            if has_head:
                 shapes["head/up"] = (shapes["head/up"][0], num_choices)
         leaves = {path: jax.ShapeDtypeStruct(shape, options.dtype) for path, shape in shapes.items()}
         return count_device_bytes(layout.abstract(leaves) if layout else leaves)

@@ -269,21 +269,29 @@ def test_law_where_width_is_chosen(decoder, exact_law, cheat):  # noqa: F811
     assert p < REFUSED if cheat else p > PLAUSIBLE, p
 
 
+ROUNDS = [(size, width) for size in range(4) for width in range(size + 1)]
+
+
+def draw_costs(verify_s):
+    return np.array([2.0, *(4.0 + 0.5 * size + verify_s[width] for size, width in ROUNDS)]) * 1e-3
+
+
 def test_costs_come_through_a_drifting_machine():
-    """Speed doubles along the repeats, single counts are disturbed: parts are found to a few percent, in order."""
-    generator = np.random.default_rng(0)
-    rounds = [(size, width) for size in range(4) for width in range(size + 1)]
-    true_s = np.array([2.0, *(4.0 + 0.5 * size + 1.5 * width for size, width in rounds)]) * 1e-3
+    """Speed doubles along the repeats, single counts are disturbed: costs are found to a few percent."""
+    generator, true_s = np.random.default_rng(0), draw_costs([0.0, 1.5, 3.0, 4.5])
     seconds = true_s[:, None] * np.linspace(1, 2, 5) * generator.lognormal(0, 0.05, (11, 5))
     seconds[generator.integers(0, 11, 5), np.arange(5)] *= 3
-    plain_s, round_s = width_choice.fit_costs(seconds, rounds)
-    fitted_s = np.array([round_s[size, width] for size, width in rounds])
+    plain_s, round_s = width_choice.fit_costs(seconds, ROUNDS)
+    fitted_s = np.array([round_s[size, width] for size, width in ROUNDS])
     np.testing.assert_allclose(fitted_s / plain_s, true_s[1:] / true_s[0], rtol=0.08)
     assert np.isinf(round_s[0, 1:]).all()
-    assert all((np.diff(round_s[size, : size + 1]) >= 0).all() for size in range(4)), "a wider pass is no cheaper"
-    assert all((np.diff(round_s[width:, width]) >= 0).all() for width in range(4)), "nor is a longer draft"
-    exact_s, exact = width_choice.fit_costs(np.repeat(true_s[:, None], 5, axis=1), rounds)
-    np.testing.assert_allclose([exact_s, *(exact[size, width] for size, width in rounds)], true_s, rtol=1e-6)
+
+
+def test_costs_need_not_rise_with_the_width():
+    """A wider verify pass that is cheaper, as YNNPACK and Eigen have them, stays cheaper."""
+    true_s = draw_costs([2.0, 1.0, 3.0, 2.5])
+    plain_s, round_s = width_choice.fit_costs(np.repeat(true_s[:, None], 5, axis=1), ROUNDS)
+    np.testing.assert_allclose([plain_s, *(round_s[at] for at in ROUNDS)], true_s, rtol=1e-6)
 
 
 def test_costs_of_a_single_size():

@@ -106,6 +106,7 @@ def p_values(tokens, joint):
         ("rejection", 0, (0, 2, 3, 4, 6)),
         ("seed-exact", 0, None),
         ("seed-exact", 4, None),
+        ("seed-exact", 0, (0, 2, 3, 4, 6)),
     ],
 )
 def test_joint_law(decoder, exact_law, rule, num_candidates, draft_vocabulary):

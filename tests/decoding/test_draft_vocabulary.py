@@ -88,10 +88,22 @@ def test_file_comes_back_and_wrong_ones_are_refused(tmp_path):
         load_draft_vocabulary(tmp_path / "absent.json", VOCAB)
     for content in ("{}", "[1]", '{"vocab_size": 48, "token_ids": []}', '{"vocab_size": 48, "token_ids": [2, 1]}',
                     '{"vocab_size": 48, "token_ids": [-1, 3]}', '{"vocab_size": 48, "token_ids": [1, "a"]}',
-                    '{"vocab_size": 48, "token_ids": [1.5]}', "no json"):  # fmt: skip
+                    '{"vocab_size": 48, "token_ids": [1.5]}', '{"vocab_size": 48, "token_ids": [1, 48]}',
+                    '{"vocab_size": 48, "token_ids": [1, 1]}', "no json"):  # fmt: skip
         path.write_text(content)
         with pytest.raises(DraftVocabularyError, match="is not a draft vocabulary"):
             load_draft_vocabulary(path, VOCAB)
+
+
+@pytest.mark.parametrize("token_ids", [[], [1, 1], [2, 1], [-1, 3], [1, VOCAB]], ids=str)
+def test_tokens_that_are_none_are_refused_by_the_decoder_too(token_ids):
+    with pytest.raises(DraftVocabularyError, match=r"different ids of 0 \.\. 47, ascending, one at least"):
+        limit(np.array(token_ids, np.int64))
+
+
+def test_weights_that_nothing_reads_are_not_held():
+    assert limit(EVERY_OTHER, gru_hidden_dim=0, emb_dim=0).params.vocabulary.embed_tokens is None
+    assert limit(EVERY_OTHER).params.vocabulary.embed_tokens.shape == (24, 32)
 
 
 def test_a_draft_vocabulary_needs_a_drafter():

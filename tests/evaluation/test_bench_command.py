@@ -242,8 +242,23 @@ def test_drafts_from_a_chosen_vocabulary(run, material, tmp_path, capsys):
     for row in rows:
         pairs = zip(row["output_ids"], row["token_sources"], strict=True)
         assert {token for token, source in pairs if source == "drafted"} <= chosen
+    widths = ["--verify-widths", 2, 4, "--calibration", tmp_path / "survival.json"]
+    calibrate = [
+        "--target",
+        material / "target",
+        "--draft",
+        material / "draft",
+        "--prompts",
+        material / "prompts.jsonl",
+    ]
+    calibrate += ["--widths", 2, 4, "--max-new-tokens", BUDGET, "--draft-vocabulary", file, "--output", widths[-1]]
+    assert calibrate_survival.main([*map(str, calibrate)]) == 0
+    status, rows, printed = run(*widths)
+    message = "was made with a draft vocabulary of 16, rounds draft from all tokens; calibrate with the same"
+    assert (status, rows) == (2, None) and message in printed.err
+    assert run(*widths, "--draft-vocabulary", file)[0] == 0
     status, rows, printed = run("--draft-vocabulary", file, draft=False)
-    assert (status, rows) == (2, None) and "a draft vocabulary is given but no drafter" in printed.err
+    assert (status, rows) == (2, None) and "is given but no drafter; name one with --draft" in printed.err
     assert choose_draft_vocabulary.main([*map(str, command), "--size", "99999"]) == 2
     assert "a draft vocabulary of 99999 tokens was asked for" in capsys.readouterr().err
 

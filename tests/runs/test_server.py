@@ -114,9 +114,10 @@ def test_slots_are_as_many_as_fit(monkeypatch):
         server.size_engine(options, target, draft)
 
 
+@pytest.mark.parametrize("head", [{}, {"gru_hidden_dim": 0, "emb_dim": 0}], ids=["head", "no head"])
 @pytest.mark.parametrize("is_tied", [False, True])
-def test_weights_of_a_draft_vocabulary_are_counted(tmp_path, is_tied):
-    target, draft = make_configs()
+def test_weights_of_a_draft_vocabulary_are_counted(tmp_path, is_tied, head):
+    target, draft = make_configs(**head)
     target = replace(target, tie_word_embeddings=is_tied)
     save_draft_vocabulary(tmp_path / "vocabulary.json", target.vocab_size, np.arange(0, 48, 3))
     options = server.ServerOptions("unused", draft_vocabulary=tmp_path / "vocabulary.json")

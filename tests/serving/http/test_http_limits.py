@@ -124,7 +124,7 @@ def test_idle_connections_are_closed_later_than_clients_leave_them(serve):
         begin_s = time.monotonic()
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\n")
         assert read_all(connection).startswith(b"HTTP/1.1 200")  # and then its end, without an error
-        assert time.monotonic() - begin_s >= 1
+        assert 1 <= time.monotonic() - begin_s < 4  # uvicorn's own would be 5
 
 
 def test_a_client_that_does_not_read_is_dropped(serve):
