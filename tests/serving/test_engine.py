@@ -1,4 +1,3 @@
-import copy
 import dataclasses
 import gc
 import itertools
@@ -126,27 +125,15 @@ def test_a_block_size_that_is_asked_for_is_used_and_teaches_nothing(decoder):
         driver.engine.stop()
 
 
-def test_candidates_of_the_head_change_drafts_and_no_text(decoder, driver):
-    requests = make_mixed_requests(6, seed=5)
-    limited = copy.copy(decoder)
-    limited.settings = dataclasses.replace(decoder.settings, num_candidates=2)
-    own = EngineDriver(decoder, max_slots=4, batch_sizes=(4,), is_adaptive=False, num_candidates=2).wait_until_ready()
-    try:
-        answers = own.run(requests)
-    finally:
-        own.engine.stop()
-    for request, answer in zip(requests, answers, strict=True):
-        wanted = decode_alone(limited, request)
-        assert answer.output_ids == wanted.output_ids == decode_alone(decoder, request).output_ids
-        assert answer.acceptance_lengths == wanted.stats.acceptance_lengths
-
-
-def test_a_draft_vocabulary_changes_drafts_and_no_text(decoder, driver):
+@pytest.mark.parametrize("limit", ["num_candidates", "draft_vocab_size"])
+def test_what_limits_drafts_changes_drafts_and_no_text(decoder, driver, limit):
     requests = make_mixed_requests(6, seed=5)
     models = decoder.settings.target, decoder.params.target, decoder.settings.draft, decoder.params.draft
-    limited = Decoder(*models, draft_vocabulary=np.arange(0, decoder.settings.target.vocab_size, 2))
-    config = {"max_slots": 4, "batch_sizes": (4,), "is_adaptive": False}
-    own = EngineDriver(limited, draft_vocab_size=limited.settings.draft_vocab_size, **config).wait_until_ready()
+    every_other = np.arange(0, decoder.settings.target.vocab_size, 2)
+    limits = {"num_candidates": {"num_candidates": 2}, "draft_vocab_size": {"draft_vocabulary": every_other}}
+    limited = Decoder(*models, **limits[limit])
+    config = {"max_slots": 4, "batch_sizes": (4,), "is_adaptive": False, limit: getattr(limited.settings, limit)}
+    own = EngineDriver(limited, **config).wait_until_ready()
     try:
         answers = own.run(requests)
     finally:
