@@ -28,7 +28,7 @@ def default_num_candidates(vocab_size: int) -> int:
     """Return `DecodeSettings.num_candidates` where nobody has chosen: 64 tokens of a large vocabulary, all of a small.
 
     Source: at Qwen3's vocabulary tau does not change from 16 candidates on (others' measurement). On the embedded pair,
-    4096 tokens and a head that does much of the work, 64 cost 2 % of tau (docs/performance.md), and the whole
+    2048 tokens and a head that does much of the work, 64 cost 2 % of tau (docs/performance.md), and the whole
     vocabulary is cheap there.
     """
     return _NUM_CANDIDATES if vocab_size >= _MIN_VOCAB_TO_LIMIT else 0
