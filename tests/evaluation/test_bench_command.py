@@ -130,6 +130,7 @@ def test_the_three_forms_and_the_settings(run, material):
         "verify_widths": [],
         "use_head": True,
         "num_candidates": 0,
+        "draft_vocab_size": 0,
         "batch_size": 1,
         "repeats": 1,
         "stop_ids": [2],
