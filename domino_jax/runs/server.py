@@ -232,19 +232,12 @@ def size_engine(
     num_devices = layout.mesh.size if layout else 1
     limit = find_memory_limit(fraction, num_devices) if device_bytes is None else int(device_bytes * fraction)
 
-    def count_bytes(table: list[TensorName], num_choices: int = 0) -> int:
-        shapes = {"/".join(row.path): row.tree_shape for row in table}
-        if num_choices:
-            has_head, is_tied = "head/up" in shapes, target.tie_word_embeddings
-            names = ["embed_tokens"] * (has_head or is_tied) + ["lm_head"] * (not is_tied)
-            shapes |= {f"vocabulary/{name}": (num_choices, target.hidden_size) for name in names}
-            if has_head:
-                shapes["head/up"] = (shapes["head/up"][0], num_choices)
+    def count_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
         leaves = {path: jax.ShapeDtypeStruct(shape, options.dtype) for path, shape in shapes.items()}
         return count_device_bytes(layout.abstract(leaves) if layout else leaves)
 
-    target_bytes = count_bytes(target_table(target))
-    draft_bytes = count_bytes(draft_table(draft), options.engine.draft_vocab_size) if draft else 0
+    target_bytes = count_bytes(_shape_weights(target_table(target)))
+    draft_bytes = count_bytes(_shape_draft(draft, target, options.engine.draft_vocab_size)) if draft else 0
 
     def plan(config: EngineConfig) -> MemoryPlan:
         settings = DecodeSettings(target=target, draft=draft, dtype=options.dtype)
@@ -276,6 +269,22 @@ def size_engine(
 
     require_fit(plan(config), limit, advise)
     return config, plan(config)
+
+
+def _shape_weights(table: list[TensorName]) -> dict[str, tuple[int, ...]]:
+    return {"/".join(row.path): row.tree_shape for row in table}
+
+
+def _shape_draft(draft: DraftConfig, target: TargetConfig, num_choices: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a drafter's weights, and of what is cut from the target's where not all may be drafted."""
+    shapes = _shape_weights(draft_table(draft))
+    if num_choices:
+        is_tied = target.tie_word_embeddings
+        names = ["embed_tokens"] * (draft.has_head or is_tied) + ["lm_head"] * (not is_tied)
+        shapes |= {f"vocabulary/{name}": (num_choices, target.hidden_size) for name in names}
+        if draft.has_head:
+            shapes["head/up"] = (draft.emb_dim, num_choices)
+    return shapes
 
 
 def use_compilation_cache(directory: str) -> None:
