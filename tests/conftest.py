@@ -1,6 +1,8 @@
 """Shared fixtures. The package is imported inside fixtures only: the shape-checking hook must be in place first."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+MAX_MAPPINGS = 16_000
+"""Memory mappings of a test process after which it forgets what it compiled; Linux allows 65 530, then XLA crashes."""
 
 
 def pytest_configure(config):
@@ -23,6 +28,18 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs() -> Iterator[None]:
+    """Free compiled programs after a module where there are many: each holds some memory mappings as long as it lives."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_bytes().splitlines()) > MAX_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

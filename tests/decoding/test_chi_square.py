@@ -22,6 +22,7 @@ from tests.decoding.tiny_pair import make_decoder
 VOCAB, NUM_NEW = 8, 4
 PROMPT = [3, 1, 4]
 SAMPLING = SamplingConfig(temperature=0.8, top_k=7, top_p=0.97)
+DRAFT_VOCABULARY = (0, 2, 3, 4, 6)
 ROWS, BATCHES = 1024, 3
 PLAUSIBLE, REFUSED = 1e-3, 1e-7
 
@@ -71,6 +72,14 @@ def filter_law(logits):
     return laws.reshape(logits.shape)
 
 
+def limit(decoder, token_ids):
+    """Return a decoder that drafts from part of the vocabulary."""
+    limited = copy.copy(decoder)
+    limited.settings = replace(decoder.settings, draft_vocab_size=len(token_ids))
+    limited.params = limit_vocabulary(decoder.params, np.array(token_ids))
+    return limited
+
+
 def draw(decoder, rule, num_rows, first_seed, propose=speculative.propose_block):
     sampling = [replace(SAMPLING, seed=first_seed + i) for i in range(num_rows)]
     got = decoder.generate([PROMPT] * num_rows, NUM_NEW, sampling, rule=rule, propose=propose)
@@ -103,18 +112,15 @@ def p_values(tokens, joint):
     ("rule", "num_candidates", "draft_vocabulary"),
     [
         ("rejection", 0, None),
-        ("rejection", 0, (0, 2, 3, 4, 6)),
+        ("rejection", 0, DRAFT_VOCABULARY),
         ("seed-exact", 0, None),
         ("seed-exact", 4, None),
-        ("seed-exact", 0, (0, 2, 3, 4, 6)),
+        ("seed-exact", 0, DRAFT_VOCABULARY),
     ],
 )
 def test_joint_law(decoder, exact_law, rule, num_candidates, draft_vocabulary):
-    decoder = copy.copy(decoder)
+    decoder = limit(decoder, draft_vocabulary) if draft_vocabulary else copy.copy(decoder)
     decoder.settings = replace(decoder.settings, num_candidates=num_candidates)
-    if draft_vocabulary:
-        decoder.settings = replace(decoder.settings, draft_vocab_size=len(draft_vocabulary))
-        decoder.params = limit_vocabulary(decoder.params, np.array(draft_vocabulary))
     draws = [draw(decoder, rule, ROWS, 10_000 * i) for i in range(8)]
     tokens = np.concatenate([d[0] for d in draws])
     first_rounds = np.array([lengths[0] for d in draws for lengths in d[1]])
@@ -245,3 +251,20 @@ def test_q_must_be_the_corrected_law(decoder, exact_law):
 
     tokens = np.concatenate([draw(decoder, "rejection", ROWS, 7_000 * (i + 1), propose)[0] for i in range(BATCHES)])
     assert min(p_values(tokens, exact_law)) < REFUSED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mistake", ["laws are of places", "tokens are places"])
+def test_a_draft_vocabulary_must_name_what_it_drafts(decoder, exact_law, mistake):
+    """A token's place in the draft vocabulary is not its id: a proposal that mixes them up is refused."""
+
+    def propose(settings, params, state):
+        usual, token_ids = speculative.propose_block(settings, params, state), params.vocabulary.token_ids
+        if mistake == "tokens are places":
+            return usual.replace(tokens=jnp.searchsorted(token_ids, usual.tokens))
+        of_places = usual.probs[..., token_ids]
+        return usual.replace(probs=jnp.pad(of_places, ((0, 0), (0, 0), (0, VOCAB - len(DRAFT_VOCABULARY)))))
+
+    limited = limit(decoder, DRAFT_VOCABULARY)
+    draws = [draw(limited, "rejection", ROWS, 9_000 * (i + 1), propose)[0] for i in range(BATCHES)]
+    assert min(p_values(np.concatenate(draws), exact_law)) < REFUSED

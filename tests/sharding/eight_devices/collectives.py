@@ -109,6 +109,18 @@ def test_no_round_gathers_logits_or_caches(mesh, rule, num_candidates, draft_voc
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rule", ["seed-exact", "rejection"])
+@pytest.mark.parametrize("mesh", [(1, 8), (4, 2)], ids=str)
+def test_a_sampled_round_exchanges_one_number_a_slot_and_token_of_a_draft_vocabulary(mesh, rule):
+    """The noise of its tokens or their laws; nothing of the whole vocabulary's size."""
+    size = 40
+    found = find_collectives(lower_decoding(decode_speculative, mesh, rule, draft_vocab_size=size))
+    arrays = [dimensions(array) for _, _, result in found for array in re.findall(r"f32\[[0-9,]*\]", result)]
+    assert arrays and not [array for array in arrays if VOCAB in array]
+    assert [array for array in arrays if size in array] == [[8 // mesh[0], BLOCK, size]]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(1, 8, False), (4, 2, False), (4, 2, True)], ids=str)
 def test_a_train_step_sums_gradients_once_and_gathers_no_logits(mesh):
     target, target_params, drafter, _ = make_pair()
