@@ -32,7 +32,7 @@ def pytest_configure(config):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
-    """Free compiled programs after a module where there are many: each holds some memory mappings as long as it lives."""
+    """Free compiled programs after a module where there are many: each holds memory mappings as long as it lives."""
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > MAX_MAPPINGS:
