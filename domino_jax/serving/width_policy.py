@@ -93,18 +93,19 @@ class WidthPolicy:
         others run.
         """
         sizes = [size for size in round_s if size == 1 or num_drafted > 0]
-
-        def tokens_per_s(block_size: int, num_rounds: int) -> float:
-            return self._promise(shape, round_s[block_size], block_size, num_rounds, num_drafted, num_plain, has_free)
-
+        promises = {
+            (size, n): self._promise(shape, round_s[size], size, n, num_drafted, num_plain, has_free)
+            for size in sizes
+            for n in range(1, max_rounds[size] + 1)
+        }
         best = plain = None
         for size in sorted(sizes):
-            option = max(((size, n) for n in range(1, max_rounds[size] + 1)), key=lambda o: (tokens_per_s(*o), o))
+            option = max((o for o in promises if o[0] == size), key=lambda o: (promises[o], o))
             needed = 1.0
             if best is not None:
                 begins = _ADVANTAGE_TO_BEGIN if self._last == 1 else _ADVANTAGE_TO_GO_ON
                 needed = begins if best[0] == 1 else _ADVANTAGE_TO_WIDEN
-            if best is None or tokens_per_s(*option) >= needed * tokens_per_s(*best):
+            if best is None or promises[option] >= needed * promises[best]:
                 best = option
             if size == 1:
                 plain = option
