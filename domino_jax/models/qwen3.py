@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
-from domino_jax.ops.attention import attend
-from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
+from domino_jax.ops.cached_attention import write_and_attend
+from domino_jax.ops.kv_cache import KVCache, init_cache
 from domino_jax.ops.products import multiply_turned
 from domino_jax.ops.vocabulary import look_up
 from domino_jax.shapes import Array, Float, Int, Params
@@ -89,14 +89,12 @@ class Qwen3(nn.Module):
         A token sees every cache position up to its own, so what lies at later positions never matters.
         """
         positions = start[:, None] + jnp.arange(token_ids.shape[1])
-        attend_mask = jnp.arange(cache.num_positions) <= positions[..., None]
         x = self.embed(token_ids)
         captured = {}
         for i, layer in enumerate(self.layers):
             normed = layer.normed_input(x)
             keys, values = layer.keys_values(normed, positions)
-            cache = write_layer(cache, i, keys, values, start)
-            mixed = attend(layer.queries(normed, positions), cache.keys[i], cache.values[i], attend_mask)
+            cache, mixed = write_and_attend(cache, i, layer.queries(normed, positions), keys, values, start)
             # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
             # queries: devices that share the heads need not ask each other.
             fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)

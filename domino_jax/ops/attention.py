@@ -98,24 +98,26 @@ def attend_blocks(
     block_values: Float[Array, "B A P K H"],
     anchor_pos: Int[Array, "B A"],
     anchor_chunk: int | None = None,
+    is_causal: bool = False,
 ) -> Float[Array, "B A P N H"]:
     """Return attention of many draft blocks of a sequence at once.
 
-    A query of block a sees the context positions before `anchor_pos[a]` and all of its own block, nothing else;
-    one softmax runs over both parts, and no score between two blocks is ever computed. Scores exist for `anchor_chunk`
-    anchors a row at a time (None: for all) and are computed again in the backward pass. A chunk leaves out most of the
-    context after its last anchor: sorted anchors cost little more than half of unsorted ones.
+    A query of block a sees the context positions before `anchor_pos[a]` and all of its own block (with `is_causal` what
+    lies up to itself), nothing else; one softmax runs over both parts, and no score between two blocks is ever
+    computed. Scores exist for `anchor_chunk` anchors a row at a time (None: for all) and are computed again in the
+    backward pass. A chunk leaves out most of the context after its last anchor: sorted anchors cost little more than
+    half of unsorted ones.
 
     Source: Domino, arXiv 2605.29707, training attention mask.
     """
     rows = (context_keys, context_values, queries, block_keys, block_values, anchor_pos)
     if anchor_chunk is None or anchor_chunk >= anchor_pos.shape[1]:
-        return jax.checkpoint(_attend_chunk)(*rows)
-    return on_own_rows(lambda _, own: _attend_in_chunks(anchor_chunk, *own), None, rows)
+        return jax.checkpoint(functools.partial(_attend_chunk, is_causal=is_causal))(*rows)
+    return on_own_rows(lambda _, own: _attend_in_chunks(anchor_chunk, is_causal, *own), None, rows)
 
 
 def _attend_in_chunks(
-    anchor_chunk: int, context_keys: Array, context_values: Array, *per_anchor: Array
+    anchor_chunk: int, is_causal: bool, context_keys: Array, context_values: Array, *per_anchor: Array
 ) -> Float[Array, "B A P N H"]:
     queries, anchor_pos = per_anchor[0], per_anchor[-1]
     batch, num_anchors, context_len = *anchor_pos.shape, context_keys.shape[-1]
@@ -133,7 +135,7 @@ def _attend_in_chunks(
 
     def attend_prefix(prefix: int) -> Callable[..., Array]:
         return checkpoint(
-            lambda keys, values, *inputs: _attend_chunk(keys[..., :prefix], values[:, :, :prefix], *inputs)
+            lambda keys, values, *inputs: _attend_chunk(keys[..., :prefix], values[:, :, :prefix], *inputs, is_causal)
         )
 
     @checkpoint
@@ -153,6 +155,7 @@ def _attend_chunk(
     block_keys: Float[Array, "B A P K H"],
     block_values: Float[Array, "B A P K H"],
     anchor_pos: Int[Array, "B A"],
+    is_causal: bool = False,
 ) -> Float[Array, "B A P N H"]:
     """Return `attend_blocks` of some anchors; all their scores exist at the same time."""
     batch, num_anchors, block, num_heads, head_dim = queries.shape
@@ -164,6 +167,8 @@ def _attend_chunk(
     is_before = jnp.arange(context_keys.shape[-1]) < anchor_pos[..., None]
     context_scores = jnp.where(is_before[:, None, None, :, None], context_scores * scale, _MASKED_SCORE)
     block_scores = einsum_in_float32("bkgaph,baqkh->bkgapq", grouped, block_keys) * scale
+    if is_causal:
+        block_scores = jnp.where(jnp.tril(jnp.ones((block, block), bool)), block_scores, _MASKED_SCORE)
     # One softmax over both parts without joining them: the joined scores would be written once more, and its quotient
     # is taken of the mixed values, which are fewer.
     largest = jnp.max(block_scores, axis=-1, keepdims=True)

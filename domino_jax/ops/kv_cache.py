@@ -69,7 +69,7 @@ def write_layer(
     overwrite older entries. Values that are not finite are stored as 0, because a position that a query may not see has
     weight 0, and 0 times NaN would be NaN: their token's own output has to tell.
     """
-    values = jnp.where(jnp.isfinite(values), values, 0)
+    values = finite_or_zero(values)
     new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)
     new_values = values.transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
     written_keys = _write_rows(cache.keys[layer], new_keys, start, axis=2)
@@ -79,6 +79,11 @@ def write_layer(
         keys=cache.keys[:layer] + (written_keys,) + cache.keys[layer + 1 :],
         values=cache.values[:layer] + (written_values,) + cache.values[layer + 1 :],
     )
+
+
+def finite_or_zero(values: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return values as a cache stores them: 0 for those that are not finite."""
+    return jnp.where(jnp.isfinite(values), values, 0)
 
 
 def _write_rows(old: Array, new: Array, start: Int[Array, " B"], axis: int) -> Array:

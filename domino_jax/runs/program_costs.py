@@ -98,6 +98,8 @@ class Traffic:
         host_calls: operations that ask the host in the middle of the program.
         largest_copy: bytes of the largest array that is copied on its own, in another layout or not; what only goes to
             the chip's own memory ahead of its use is none.
+        largest_return: bytes of the largest array that a loop of unknown length copies back from the chip's own memory
+            as it is.
     """
 
     moved_bytes: int
@@ -106,6 +108,7 @@ class Traffic:
     turn_bytes: int
     host_calls: tuple[str, ...]
     largest_copy: int
+    largest_return: int
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -141,7 +144,8 @@ def read_traffic(hlo_text: str) -> Traffic:
     """Return what one device moves and exchanges in a run of an optimised HLO module."""
     computations, entry = _parse(hlo_text)
     times, open_loops, turned = _count_runs(computations, entry)
-    moved, turn_bytes, largest_copy, exchanged = 0.0, 0.0, 0, defaultdict[str, float](float)
+    moved, turn_bytes, exchanged = 0.0, 0.0, defaultdict[str, float](float)
+    largest_copy = largest_return = 0
     chains: dict[str, tuple[str, float, float, bool]] = {}
     fused = _fused_names(computations)
     for name, runs in times.items():
@@ -160,6 +164,8 @@ def read_traffic(hlo_text: str) -> Traffic:
                 turn_bytes += own if name in turned else 0
                 if _is_copy(instruction, computations):
                     largest_copy = max(largest_copy, _array_bytes(instruction.type, everywhere=True))
+                if name in turned:
+                    largest_return = max(largest_return, _returned_bytes(instruction))
     for kind, size, own, is_turned in chains.values():
         exchanged[kind] += size
         moved += own
@@ -167,7 +173,15 @@ def read_traffic(hlo_text: str) -> Traffic:
     host_calls = [i.op for c in computations.values() for i in c.instructions.values() if i.op in _HOST_OPERATIONS]
     host_calls += _HOST_CALL.findall(hlo_text)
     collective_bytes = {k: round(v) for k, v in exchanged.items()}
-    return Traffic(round(moved), collective_bytes, len(open_loops), round(turn_bytes), tuple(host_calls), largest_copy)
+    return Traffic(
+        round(moved),
+        collective_bytes,
+        len(open_loops),
+        round(turn_bytes),
+        tuple(host_calls),
+        largest_copy,
+        largest_return,
+    )
 
 
 def _is_copy(instruction: _Instruction, computations: dict[str, _Computation]) -> bool:
@@ -175,6 +189,14 @@ def _is_copy(instruction: _Instruction, computations: dict[str, _Computation]) -
         return instruction.op in ("copy", "transpose")
     inner = {i.op for i in computations[instruction.called[0]].instructions.values()}
     return bool(inner & {"copy", "transpose"}) and inner <= {"parameter", "copy", "transpose", "bitcast"}
+
+
+def _returned_bytes(instruction: _Instruction) -> int:
+    """Return the bytes of an array that a copy begins to take from the chip's own memory to the other one."""
+    if instruction.op != "copy-start":
+        return 0
+    there, here = (f"{dtype}[{shape}]{layout}" for dtype, shape, layout in _ARRAY.findall(instruction.type)[:2])
+    return 0 if _array_bytes(here) else _array_bytes(there)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:

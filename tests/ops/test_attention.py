@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from domino_jax.ops.attention import apply_rope, attend, attend_blocks
-from domino_jax.ops.kv_cache import init_cache, write_layer
+from domino_jax.ops.cached_attention import attend_then_write, write_and_attend, write_then_attend
+from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 BATCH, HEADS, KV_HEADS, WIDTH = 2, 4, 2, 8
@@ -169,3 +170,31 @@ def test_cache_write(dtype):
         np.testing.assert_array_equal(got_values[span], jnp.asarray(values[row], dtype))
         assert not np.delete(got_keys, range(10)[span], axis=0).any()
         assert not np.delete(got_values, range(10)[span], axis=0).any()
+
+
+@pytest.mark.parametrize(("num_new", "dtype"), [(1, "float32"), (5, "float32"), (5, "bfloat16")])
+def test_attention_before_and_after_the_write_are_the_same(num_new, dtype):
+    """Rows start at their own positions, one at 0 and one that fills the cache; behind them lies what never matters."""
+    positions, start, dtype = 12, np.array([0, 3, 12 - num_new], np.int32), jnp.dtype(dtype)
+    cache = init_cache(2, 3, KV_HEADS, WIDTH, positions, dtype)
+    cache = jax.tree.map(lambda x: jnp.asarray(normal(7, *x.shape), dtype), cache)
+    queries = jnp.asarray(normal(8, 3, num_new, HEADS, WIDTH), dtype)
+    keys, values = (normal(seed, 3, num_new, KV_HEADS, WIDTH) for seed in (9, 10))
+    values[1, 0, 1] = np.inf  # of another head, so that nothing else is touched
+    keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
+    own = KVCache(cache.keys[1:], cache.values[1:])
+    results = [
+        jax.jit(run)(own, queries, keys, values, jnp.asarray(start)) for run in (write_then_attend, attend_then_write)
+    ]
+    tolerance = TOLERANCE if dtype == jnp.float32 else {"atol": 0.03, "rtol": 0.03}
+    for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
+
+    written, mixed = write_and_attend(cache, 1, queries, keys, values, jnp.asarray(start))
+    np.testing.assert_array_equal(written.keys[0], cache.keys[0])
+    np.testing.assert_allclose(mixed.astype(jnp.float32), results[0][1].astype(jnp.float32), **tolerance)
+    mask = np.arange(positions) <= (start[:, None] + np.arange(num_new))[..., None]
+    whole = [np.asarray(x, np.float32) for x in (results[1][0].keys[0].transpose(0, 3, 1, 2),
+                                                 results[1][0].values[0].transpose(0, 2, 1, 3))]  # fmt: skip
+    by_hand = naive_attend(np.asarray(queries, np.float32), *whole, mask)
+    np.testing.assert_allclose(results[1][1].astype(jnp.float32), by_hand, **tolerance)

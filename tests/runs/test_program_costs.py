@@ -255,6 +255,37 @@ ENTRY %main (w.2: bf16[8,4], w.3: f32[64,4]) -> f32[4,64] {
     assert [read_traffic(text.replace("COPY", line)).largest_copy for line in (alone, fused, "")] == [64, 64, 0]
 
 
+def test_what_a_loop_takes_back_from_the_chips_own_memory():
+    """A loop whose end is not known that fetches an array, changes and returns it, as XLA does with small caches."""
+    text = """HloModule jit_f, is_scheduled=true
+
+%goes_on (c: (f32[64,4], pred[])) -> pred[] {
+  %c = (f32[64,4]{1,0}, pred[]) parameter(0)
+  ROOT %flag = pred[] get-tuple-element(%c), index=1
+}
+
+%turn (c.1: (f32[64,4], pred[])) -> (f32[64,4], pred[]) {
+  %c.1 = (f32[64,4]{1,0}, pred[]) parameter(0)
+  %flag.1 = pred[] get-tuple-element(%c.1), index=1
+  %cache = f32[64,4]{1,0} get-tuple-element(%c.1), index=0
+  %fetch = (f32[64,4]{1,0:S(1)}, f32[64,4]{1,0}, u32[]) copy-start(%cache)
+  %fetched = f32[64,4]{1,0:S(1)} copy-done(%fetch)
+  %changed = f32[64,4]{1,0:S(1)} negate(%fetched)
+  %return = (f32[64,4]{1,0}, f32[64,4]{1,0:S(1)}, u32[]) copy-start(%changed)
+  %returned = f32[64,4]{1,0} copy-done(%return)
+  ROOT %next = (f32[64,4]{1,0}, pred[]) tuple(RESULT, %flag.1)
+}
+
+ENTRY %main (p: (f32[64,4], pred[])) -> (f32[64,4], pred[]) {
+  %p = (f32[64,4]{1,0}, pred[]) parameter(0)
+  ROOT %loop = (f32[64,4]{1,0}, pred[]) while(%p), condition=%goes_on, body=%turn
+}
+"""
+    assert read_traffic(text.replace("RESULT", "%returned")).largest_return == 64 * 4 * 4
+    without = "\n".join(line for line in text.splitlines() if "return" not in line)
+    assert read_traffic(without.replace("RESULT", "%cache")).largest_return == 0
+
+
 def test_what_an_inner_fusion_hands_on_is_read():
     """libtpu wraps a large weight in a fusion of a bitcast within that of its product."""
     text = """HloModule jit_h, is_scheduled=true

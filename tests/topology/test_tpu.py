@@ -202,4 +202,7 @@ def test_a_servers_round_on_v5e(monkeypatch, name):
     assert serving.is_fitting and serving.num_slots == 16
     assert serving.round.traffic.host_calls == ()
     assert serving.round.output_bytes < 2**22, "the slots are not updated in place"
+    # Keys of a layer on one device: 8 rows, 2 heads of 128, positions of the longest cache.
+    one_cache = 8 * 2 * 128 * 2 * 2048
+    assert serving.round.traffic.largest_return < one_cache, "caches are written back whole"
     assert sum(serving.round.traffic.collective_bytes.values()) > 0
