@@ -99,7 +99,7 @@ def predict(name: str, topology_name: str, context: int, rows: int, draft_vocab_
                 "other_bytes": traffic.moved_bytes - traffic.turn_bytes,
                 "exchanged_bytes": sum(traffic.collective_bytes.values()),
                 "largest_copy": traffic.largest_copy,
-                "largest_return": traffic.largest_return,
+                "returned_types": traffic.returned_types,
                 "seconds": seconds,
             }
             for manner, traffic, seconds in zip(("plain", "round"), (plain, drafted), compiled_s, strict=True)

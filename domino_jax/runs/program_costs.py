@@ -98,8 +98,8 @@ class Traffic:
         host_calls: operations that ask the host in the middle of the program.
         largest_copy: bytes of the largest array that is copied on its own, in another layout or not; what only goes to
             the chip's own memory ahead of its use is none.
-        largest_return: bytes of the largest array that a loop of unknown length copies back from the chip's own memory
-            as it is.
+        returned_types: arrays that loops of unknown length copy back from the chip's own memory as they are, in the
+            manner of `bf16[8,128]`.
     """
 
     moved_bytes: int
@@ -108,7 +108,7 @@ class Traffic:
     turn_bytes: int
     host_calls: tuple[str, ...]
     largest_copy: int
-    largest_return: int
+    returned_types: tuple[str, ...]
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -144,8 +144,8 @@ def read_traffic(hlo_text: str) -> Traffic:
     """Return what one device moves and exchanges in a run of an optimised HLO module."""
     computations, entry = _parse(hlo_text)
     times, open_loops, turned = _count_runs(computations, entry)
-    moved, turn_bytes, exchanged = 0.0, 0.0, defaultdict[str, float](float)
-    largest_copy = largest_return = 0
+    moved, turn_bytes, largest_copy, exchanged = 0.0, 0.0, 0, defaultdict[str, float](float)
+    returned_types: set[str] = set()
     chains: dict[str, tuple[str, float, float, bool]] = {}
     fused = _fused_names(computations)
     for name, runs in times.items():
@@ -165,7 +165,7 @@ def read_traffic(hlo_text: str) -> Traffic:
                 if _is_copy(instruction, computations):
                     largest_copy = max(largest_copy, _array_bytes(instruction.type, everywhere=True))
                 if name in turned:
-                    largest_return = max(largest_return, _returned_bytes(instruction))
+                    returned_types |= _find_returned(instruction)
     for kind, size, own, is_turned in chains.values():
         exchanged[kind] += size
         moved += own
@@ -180,7 +180,7 @@ def read_traffic(hlo_text: str) -> Traffic:
         round(turn_bytes),
         tuple(host_calls),
         largest_copy,
-        largest_return,
+        tuple(sorted(returned_types)),
     )
 
 
@@ -191,12 +191,13 @@ def _is_copy(instruction: _Instruction, computations: dict[str, _Computation]) -
     return bool(inner & {"copy", "transpose"}) and inner <= {"parameter", "copy", "transpose", "bitcast"}
 
 
-def _returned_bytes(instruction: _Instruction) -> int:
-    """Return the bytes of an array that a copy begins to take from the chip's own memory to the other one."""
+def _find_returned(instruction: _Instruction) -> set[str]:
+    """Return the type of an array that a copy begins to take from the chip's own memory to the other one."""
     if instruction.op != "copy-start":
-        return 0
+        return set()
     there, here = (f"{dtype}[{shape}]{layout}" for dtype, shape, layout in _ARRAY.findall(instruction.type)[:2])
-    return 0 if _array_bytes(here) else _array_bytes(there)
+    is_returned = _array_bytes(there) > 0 and _array_bytes(here) == 0
+    return {there.partition("{")[0]} if is_returned else set()
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:

@@ -281,9 +281,9 @@ ENTRY %main (p: (f32[64,4], pred[])) -> (f32[64,4], pred[]) {
   ROOT %loop = (f32[64,4]{1,0}, pred[]) while(%p), condition=%goes_on, body=%turn
 }
 """
-    assert read_traffic(text.replace("RESULT", "%returned")).largest_return == 64 * 4 * 4
+    assert read_traffic(text.replace("RESULT", "%returned")).returned_types == ("f32[64,4]",)
     without = "\n".join(line for line in text.splitlines() if "return" not in line)
-    assert read_traffic(without.replace("RESULT", "%cache")).largest_return == 0
+    assert read_traffic(without.replace("RESULT", "%cache")).returned_types == ()
 
 
 def test_what_an_inner_fusion_hands_on_is_read():

@@ -131,6 +131,26 @@ def test_decoding_loop(place):
     assert traffic.collective_bytes.get("all-gather", 0) < logits // 4, "logits are gathered"
 
 
+def test_caches_stay_where_they_are():
+    """Two layers, compiled as for a run: only then the compiler makes use of the chip's own memory."""
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    topology = find_topology("v5e:4x4")
+    layout = build_layout(MESHES["v5e:4x4"], topology.devices)
+    target = dataclasses.replace(PUBLIC_TARGETS["qwen3-4b"], num_hidden_layers=2)
+    draft_settings = dataclasses.replace(DRAFT_SETTINGS, num_hidden_layers=1, target_layer_ids=(0, 1))
+    place = Place("qwen3-4b", target, draft_settings.resolve(target, 0), topology, layout)
+    settings, params, state = shapes_of(place)
+    with activate(layout):
+        compiled = decode_speculative.lower(settings, params, state).compile()
+    keys, values = (
+        f"bf16[{','.join(map(str, x.sharding.shard_shape(x.shape)))}]"
+        for x in (state.target_cache.keys[0], state.target_cache.values[0])
+    )
+    text = compiled.as_text()
+    assert "S(1)" in text, "nothing is in the chip's own memory: the test says nothing"
+    assert not {keys, values} & set(read_traffic(text).returned_types), "caches are copied out and back whole"
+
+
 def test_prefill(place):
     layout = place.layout
     settings, params, state = shapes_of(place)
@@ -202,7 +222,4 @@ def test_a_servers_round_on_v5e(monkeypatch, name):
     assert serving.is_fitting and serving.num_slots == 16
     assert serving.round.traffic.host_calls == ()
     assert serving.round.output_bytes < 2**22, "the slots are not updated in place"
-    # Keys of a layer on one device: 8 rows, 2 heads of 128, positions of the longest cache.
-    one_cache = 8 * 2 * 128 * 2 * 2048
-    assert serving.round.traffic.largest_return < one_cache, "caches are written back whole"
     assert sum(serving.round.traffic.collective_bytes.values()) > 0
