@@ -54,7 +54,6 @@ def write_then_attend(own: KVCache, queries: Array, keys: Array, values: Array, 
 def attend_then_write(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
     """Return `write_and_attend` of a cache of one layer: attention reads the cache before anything is written."""
     new_keys, new_values = keys.astype(own.keys[0].dtype), finite_or_zero(values).astype(own.values[0].dtype)
-    block = (states[:, None] for states in (queries, new_keys, new_values))
-    queries, new_keys, new_values = block
-    mixed = attend_blocks(queries, own.keys[0], own.values[0], new_keys, new_values, start[:, None], is_causal=True)
+    block = (states[:, None] for states in (new_keys, new_values, start))
+    mixed = attend_blocks(queries[:, None], own.keys[0], own.values[0], *block, is_causal=True)
     return write_layer(own, 0, keys, values, start), mixed[:, 0]
