@@ -98,26 +98,24 @@ def attend_blocks(
     block_values: Float[Array, "B A P K H"],
     anchor_pos: Int[Array, "B A"],
     anchor_chunk: int | None = None,
-    is_causal: bool = False,
 ) -> Float[Array, "B A P N H"]:
     """Return attention of many draft blocks of a sequence at once.
 
-    A query of block a sees the context positions before `anchor_pos[a]` and all of its own block (with `is_causal` what
-    lies up to itself), nothing else; one softmax runs over both parts, and no score between two blocks is ever
-    computed. Scores exist for `anchor_chunk` anchors a row at a time (None: for all) and are computed again in the
-    backward pass. A chunk leaves out most of the context after its last anchor: sorted anchors cost little more than
-    half of unsorted ones.
+    A query of block a sees the context positions before `anchor_pos[a]` and all of its own block, nothing else;
+    one softmax runs over both parts, and no score between two blocks is ever computed. Scores exist for `anchor_chunk`
+    anchors a row at a time (None: for all) and are computed again in the backward pass. A chunk leaves out most of the
+    context after its last anchor: sorted anchors cost little more than half of unsorted ones.
 
     Source: Domino, arXiv 2605.29707, training attention mask.
     """
     rows = (context_keys, context_values, queries, block_keys, block_values, anchor_pos)
     if anchor_chunk is None or anchor_chunk >= anchor_pos.shape[1]:
-        return jax.checkpoint(functools.partial(_attend_chunk, is_causal=is_causal))(*rows)
-    return on_own_rows(lambda _, own: _attend_in_chunks(anchor_chunk, is_causal, *own), None, rows)
+        return jax.checkpoint(attend_beside_context)(*rows)
+    return on_own_rows(lambda _, own: _attend_in_chunks(anchor_chunk, *own), None, rows)
 
 
 def _attend_in_chunks(
-    anchor_chunk: int, is_causal: bool, context_keys: Array, context_values: Array, *per_anchor: Array
+    anchor_chunk: int, context_keys: Array, context_values: Array, *per_anchor: Array
 ) -> Float[Array, "B A P N H"]:
     queries, anchor_pos = per_anchor[0], per_anchor[-1]
     batch, num_anchors, context_len = *anchor_pos.shape, context_keys.shape[-1]
@@ -135,7 +133,7 @@ def _attend_in_chunks(
 
     def attend_prefix(prefix: int) -> Callable[..., Array]:
         return checkpoint(
-            lambda keys, values, *inputs: _attend_chunk(keys[..., :prefix], values[:, :, :prefix], *inputs, is_causal)
+            lambda keys, values, *inputs: attend_beside_context(keys[..., :prefix], values[:, :, :prefix], *inputs)
         )
 
     @checkpoint
@@ -148,7 +146,7 @@ def _attend_in_chunks(
     return mixed.reshape(batch, num_chunks * anchor_chunk, *queries.shape[2:])[:, :num_anchors]
 
 
-def _attend_chunk(
+def attend_beside_context(
     context_keys: Float[Array, "B K H S"],
     context_values: Float[Array, "B K S H"],
     queries: Float[Array, "B A P N H"],
@@ -157,7 +155,10 @@ def _attend_chunk(
     anchor_pos: Int[Array, "B A"],
     is_causal: bool = False,
 ) -> Float[Array, "B A P N H"]:
-    """Return `attend_blocks` of some anchors; all their scores exist at the same time."""
+    """Return `attend_blocks`, all of whose scores exist at the same time.
+
+    With `is_causal` a query sees of its own block what lies up to itself.
+    """
     batch, num_anchors, block, num_heads, head_dim = queries.shape
     num_kv = context_keys.shape[1]
     groups = num_heads // num_kv

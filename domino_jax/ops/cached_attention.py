@@ -10,7 +10,7 @@ Source: programs that libtpu 0.0.42 compiled for v5e, `docs/performance.md`.
 import jax
 import jax.numpy as jnp
 
-from domino_jax.ops.attention import attend, attend_blocks
+from domino_jax.ops.attention import attend, attend_beside_context
 from domino_jax.ops.kv_cache import KVCache, finite_or_zero, write_layer
 from domino_jax.shapes import Array, Float, Int
 
@@ -54,6 +54,7 @@ def write_then_attend(own: KVCache, queries: Array, keys: Array, values: Array, 
 def attend_then_write(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
     """Return `write_and_attend` of a cache of one layer: attention reads the cache before anything is written."""
     new_keys, new_values = keys.astype(own.keys[0].dtype), finite_or_zero(values).astype(own.values[0].dtype)
-    block = (states[:, None] for states in (new_keys, new_values, start))
-    mixed = attend_blocks(queries[:, None], own.keys[0], own.values[0], *block, is_causal=True)
+    new_keys, new_values, queries, anchor_pos = (x[:, None] for x in (new_keys, new_values, queries, start))
+    context = own.keys[0], own.values[0]
+    mixed = attend_beside_context(*context, queries, new_keys, new_values, anchor_pos, is_causal=True)
     return write_layer(own, 0, keys, values, start), mixed[:, 0]
