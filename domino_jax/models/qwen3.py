@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
-from domino_jax.ops.cached_attention import write_and_attend
+from domino_jax.ops.cached_attention import attend_cached, write_deferred
 from domino_jax.ops.kv_cache import KVCache, init_cache
 from domino_jax.ops.products import multiply_turned
 from domino_jax.ops.vocabulary import look_up
@@ -91,16 +91,19 @@ class Qwen3(nn.Module):
         positions = start[:, None] + jnp.arange(token_ids.shape[1])
         x = self.embed(token_ids)
         captured = {}
+        entries = []
         for i, layer in enumerate(self.layers):
             normed = layer.normed_input(x)
             keys, values = layer.keys_values(normed, positions)
-            cache, mixed = write_and_attend(cache, i, layer.queries(normed, positions), keys, values, start)
+            entries.append((keys, values))
+            cache, mixed = attend_cached(cache, i, layer.queries(normed, positions), keys, values, start)
             # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
             # queries: devices that share the heads need not ask each other.
             fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)
             mixed = mixed + jnp.repeat(fault, mixed.shape[2] // values.shape[2], axis=2)[..., None]
             x = layer.finish(x, mixed)
             captured[i] = x
+        cache, x = write_deferred(cache, entries, start, x)
         return self._output(x, captured, cache)
 
     def embed(self, token_ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:

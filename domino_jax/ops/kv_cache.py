@@ -5,6 +5,7 @@ committed length, so a rejected entry is overwritten later and never erased.
 Layers are separate arrays in tuples because a stacked cache is copied by `scan`.
 """
 
+from collections.abc import Sequence
 from typing import no_type_check
 
 import flax.struct
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.shapes import Array, Float, Int
-from domino_jax.sharding import constrain
+from domino_jax.sharding import constrain, on_own_rows
 
 
 @no_type_check  # see `domino_jax.shapes`
@@ -81,6 +82,25 @@ def write_layer(
     )
 
 
+def write_layers(
+    cache: KVCache,
+    entries: Sequence[tuple[Float[Array, "B T K H"], Float[Array, "B T K H"]]],
+    start: Int[Array, " B"],
+) -> KVCache:
+    """Write T positions of every layer, keys and values, as `write_layer` does those of one.
+
+    Every group of devices writes its own rows, so that one which has a single row knows it.
+    """
+
+    def write(_: None, own: tuple) -> KVCache:
+        cache, entries, start = own
+        for i, (keys, values) in enumerate(entries):
+            cache = write_layer(cache, i, keys, values, start)
+        return cache
+
+    return on_own_rows(write, None, (cache, tuple(entries), start))
+
+
 def finite_or_zero(values: Float[Array, "..."]) -> Float[Array, "..."]:
     """Return values as a cache stores them: 0 for those that are not finite."""
     return jnp.where(jnp.isfinite(values), values, 0)
@@ -93,6 +113,8 @@ def _write_rows(old: Array, new: Array, start: Int[Array, " B"], axis: int) -> A
         return jax.lax.dynamic_update_slice_in_dim(row, entries, at, axis)
 
     def write_all(old: Array, new: Array, start: Array) -> Array:
+        if old.shape[0] == 1:  # as a scatter, XLA gives the cache of a TPU another layout, and copies it into that
+            return jax.lax.dynamic_update_slice_in_dim(old, new, start[0], axis + 1)
         return jax.vmap(write)(old, new, start)
 
     if new.shape[0] > 1 or new.shape[axis + 1] > 1 or not jax.sharding.get_abstract_mesh().empty:

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 
 from domino_jax.ops.attention import apply_rope, attend, attend_blocks
-from domino_jax.ops.cached_attention import attend_then_write, write_and_attend, write_then_attend
+from domino_jax.ops.cached_attention import (
+    attend_beside,
+    attend_cached,
+    write_after,
+    write_deferred,
+    write_then_attend,
+)
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -182,16 +188,19 @@ def test_attention_before_and_after_the_write_are_the_same(num_new, dtype):
     keys, values = (normal(seed, 3, num_new, KV_HEADS, WIDTH) for seed in (9, 10))
     values[1, 0, 1] = np.inf  # of another head, so that nothing else is touched
     keys, values = jnp.asarray(keys, dtype), jnp.asarray(values, dtype)
-    own = KVCache(cache.keys[1:], cache.values[1:])
-    results = [
-        jax.jit(run)(own, queries, keys, values, jnp.asarray(start)) for run in (write_then_attend, attend_then_write)
-    ]
+    own, start = KVCache(cache.keys[1:], cache.values[1:]), jnp.asarray(start)
+    unwritten, beside = jax.jit(attend_beside)(own, queries, keys, values, start)
+    written, _ = jax.jit(write_after)(unwritten, ((keys, values),), start, beside)
+    results = [jax.jit(write_then_attend)(own, queries, keys, values, start), (written, beside)]
     tolerance = TOLERANCE if dtype == jnp.float32 else {"atol": 0.03, "rtol": 0.03}
     for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
 
-    written, mixed = write_and_attend(cache, 1, queries, keys, values, jnp.asarray(start))
+    written, mixed = attend_cached(cache, 1, queries, keys, values, start)
     np.testing.assert_array_equal(written.keys[0], cache.keys[0])
+    final, _ = write_deferred(written, [(keys, values)] * 2, start, mixed.reshape(3, num_new, -1))
+    np.testing.assert_array_equal(final.keys[1], results[0][0].keys[0])
+    np.testing.assert_array_equal(final.values[1], results[0][0].values[0])
     np.testing.assert_allclose(mixed.astype(jnp.float32), results[0][1].astype(jnp.float32), **tolerance)
     mask = np.arange(positions) <= (start[:, None] + np.arange(num_new))[..., None]
     whole = [np.asarray(x, np.float32) for x in (results[1][0].keys[0].transpose(0, 3, 1, 2),

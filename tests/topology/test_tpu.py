@@ -8,6 +8,7 @@ a run does. DOMINO_TOPOLOGY_LAYERS=2 takes two layers of each target and a draft
 
 import dataclasses
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 
 from domino_jax.config import DraftConfig, SamplingConfig, TargetConfig
 from domino_jax.decoding.generate import init_state
+from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import prefill_chunk
 from domino_jax.decoding.speculative import decode_speculative
 from domino_jax.decoding.state import DecodeSettings, ModelParams, default_num_candidates
@@ -48,7 +50,7 @@ pytest.importorskip("libtpu", reason="the compiler for TPUs is not installed (ex
 
 MESHES = {"v5e:4x4": MeshConfig(2, 8), "v6e:4x4": MeshConfig(4, 4, fsdp=True), "v5p:2x2x1": MeshConfig(1, 4)}
 NUM_LAYERS = int(os.environ.get("DOMINO_TOPOLOGY_LAYERS", "0"))
-SLOTS, PROMPT, NUM_NEW = 8, 1024, 1024
+SLOTS, PROMPT = 8, 1024
 TARGETS = ("qwen3-4b", "qwen3-8b")
 DRAFT_SETTINGS = DraftSettings(num_hidden_layers=1 if 0 < NUM_LAYERS < 7 else 5, mask_token_id=151669)
 
@@ -90,8 +92,11 @@ def choose_depth(name):
     return dataclasses.replace(target, num_hidden_layers=NUM_LAYERS or target.num_hidden_layers)
 
 
-def shapes_of(place):
-    """Return settings, parameters and state of the decoding loop, as shapes with places."""
+def shapes_of(place, slots=SLOTS, num_positions=PROMPT):
+    """Return settings, parameters and state of the decoding loop, as shapes with places.
+
+    Prompts have `num_positions` tokens, and as many may follow.
+    """
     target, draft, layout = place.target, place.draft, place.layout
     settings = DecodeSettings(
         target, draft, draft.block_size, num_candidates=default_num_candidates(target.vocab_size), dtype="bfloat16"
@@ -99,7 +104,7 @@ def shapes_of(place):
     inits = partial(init_target_params, target), partial(init_draft_params, draft)
     params = ModelParams(*(jax.eval_shape(init, jax.random.key(0)) for init in inits))
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
-    rows = [[1] * PROMPT] * SLOTS, [NUM_NEW] * SLOTS, [SamplingConfig()] * SLOTS, [()] * SLOTS
+    rows = [[1] * num_positions] * slots, [num_positions] * slots, [SamplingConfig()] * slots, [()] * slots
     state = jax.eval_shape(lambda: init_state(settings, *rows))
     return settings, layout.abstract(params), layout.abstract(state)
 
@@ -122,7 +127,7 @@ def test_decoding_loop(place):
         compiled = decode_speculative.lower(settings, params, state).compile()
     traffic = check(compiled, place.topology)
     assert traffic.num_unknown_loops >= 1, "the loop over rounds is not in the program"
-    caches = 2 * SLOTS // layout.num_data * target.num_key_value_heads // layout.num_model * (PROMPT + NUM_NEW)
+    caches = 2 * SLOTS // layout.num_data * target.num_key_value_heads // layout.num_model * 2 * PROMPT
     state_bytes = caches * target.head_dim * 2 * (target.num_hidden_layers + draft.num_hidden_layers)
     assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes, "the caches are not written in place"
     if MESHES[place.topology.name].fsdp:
@@ -149,6 +154,24 @@ def test_caches_stay_where_they_are():
     text = compiled.as_text()
     assert "S(1)" in text, "nothing is in the chip's own memory: the test says nothing"
     assert not {keys, values} & set(read_traffic(text).returned_types), "caches are copied out and back whole"
+
+
+def test_plain_steps_read_caches_and_write_positions():
+    """All layers, rows and caches of a server, compiled as for a run: with fewer the compiler copies no cache."""
+    jax.config.update("jax_exec_time_optimization_effort", 0.0)
+    topology = find_topology("v5e:4x4")
+    layout = build_layout(MESHES["v5e:4x4"], topology.devices)
+    target = PUBLIC_TARGETS["qwen3-4b"]
+    place = Place("qwen3-4b", target, DRAFT_SETTINGS.resolve(target, 0), topology, layout)
+    settings, params, state = shapes_of(place, slots=16, num_positions=4096)
+    settings = dataclasses.replace(settings, draft=None, block_size=1)
+    with activate(layout):
+        compiled = decode_plain.lower(settings, params.replace(draft=None), state).compile()
+    read = sum(
+        x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))
+        for x in jax.tree.leaves((params.target, state.target_cache))
+    )
+    assert read_traffic(compiled.as_text()).turn_bytes < 1.05 * read, "caches are copied"
 
 
 def test_prefill(place):
