@@ -206,7 +206,9 @@ def _roll_out_head(
     state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
     start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, dtype)))
-    _, drafted = jax.lax.scan(step, start, slots)
+    # A TPU's compiler reads the state's weights from memory in every turn of the loop, whatever a turn holds.
+    scan = partial(jax.lax.scan, step)
+    _, drafted = jax.lax.platform_dependent(start, slots, tpu=partial(scan, unroll=4), default=scan)
     tokens, log_weights, confidence = _swap_rows_and_slots(drafted)
     return Proposal(tokens, _draft_laws(settings, sampling, log_weights), confidence)
 
