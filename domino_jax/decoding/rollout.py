@@ -206,11 +206,17 @@ def _roll_out_head(
     state = head.apply(variables, (anchors.shape[0],), method=DominoHead.init_state)
     no_gates = jnp.zeros((anchors.shape[0], 3 * settings.draft.gru_hidden_dim), state.dtype)
     start = (state, no_gates, read(embed_tokens(params.target["embed_tokens"], anchors, dtype)))
-    # A TPU's compiler reads the state's weights from memory in every turn of the loop, whatever a turn holds.
-    scan = partial(jax.lax.scan, step)
-    _, drafted = jax.lax.platform_dependent(start, slots, tpu=partial(scan, unroll=4), default=scan)
-    tokens, log_weights, confidence = _swap_rows_and_slots(drafted)
+    tokens, log_weights, confidence = _swap_rows_and_slots(_scan_slots(step, start, slots))
     return Proposal(tokens, _draft_laws(settings, sampling, log_weights), confidence)
+
+
+def _scan_slots(step: Callable[[tuple, dict], tuple], start: tuple, slots: dict) -> tuple:
+    """Return what every step drafts; a turn of the loop is four of them on a TPU.
+
+    Its compiler may read the state's weights from memory in every turn, whatever a turn holds: on v5e it does.
+    """
+    scan = partial(jax.lax.scan, step)
+    return jax.lax.platform_dependent(start, slots, tpu=partial(scan, unroll=4), default=scan)[1]
 
 
 def _swap_rows_and_slots(tree: Any) -> Any:
