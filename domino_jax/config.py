@@ -255,6 +255,33 @@ def to_json_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def diff_configs(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
+    """Return a line for every leaf in which two nested configurations differ, named by its dotted path.
+
+    Tuples and lists of the same elements are the same: JSON knows no tuples.
+    """
+    lines = []
+    for name in [*old, *(n for n in new if n not in old)]:
+        where = f"{path}{name}"
+        if name not in new:
+            lines.append(f"{where}: stored {old[name]!r}, now absent")
+        elif name not in old:
+            lines.append(f"{where}: not stored, now {new[name]!r}")
+        elif isinstance(old[name], dict) and isinstance(new[name], dict):
+            lines += diff_configs(old[name], new[name], f"{where}.")
+        elif _as_json(old[name]) != _as_json(new[name]):
+            lines.append(f"{where}: stored {old[name]!r}, now {new[name]!r}")
+    return lines
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return [_as_json(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _as_json(v) for k, v in value.items()}
+    return value
+
+
 def near_names(name: str, known: list[str]) -> str:
     """Return ' (did you mean ...?)' for the known names closest to `name`, or all of them when none is close."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)

@@ -27,8 +27,7 @@ from scipy import stats
 
 from domino_jax.checkpoints.fingerprint import fingerprint_target
 from domino_jax.checkpoints.safetensors_io import read_json_object
-from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import SamplingConfig, from_json_dict, to_json_dict
+from domino_jax.config import SamplingConfig, diff_configs, from_json_dict, to_json_dict
 from domino_jax.data.feature_source import FeatureSource
 from domino_jax.data.pipeline import ChatSource, RowSource, build_dataset
 from domino_jax.decoding.generate import Decoder

@@ -10,6 +10,7 @@ from domino_jax.config import (
     SamplingConfig,
     TargetConfig,
     default_target_layer_ids,
+    diff_configs,
     from_json_dict,
     near_names,
     to_json_dict,
@@ -258,3 +259,14 @@ def test_unknown_name_in_stored_configuration_is_refused():
 def test_settings_that_would_come_to_nothing_are_refused(part, values, message):
     with pytest.raises(ConfigError, match=message):
         part(**values)
+
+
+def test_diff_configs_names_every_leaf():
+    old = {"name": "tiny", "seed": 3, "draft": {"target_layer_ids": [1, 3], "block_size": 8}}
+    new = {"name": "tiny", "draft": {"target_layer_ids": (1, 3), "block_size": 4}, "extra": 1}
+    assert diff_configs(old, new) == [
+        "seed: stored 3, now absent",
+        "draft.block_size: stored 8, now 4",
+        "extra: not stored, now 1",
+    ]
+    assert diff_configs(old, old) == []

@@ -43,25 +43,6 @@ _OVERHEAD_BYTES = 1 << 20  # names, shapes, the record, and files rounded up to 
 _NUM_NAMED = 5
 
 
-def diff_configs(old: dict[str, Any], new: dict[str, Any], path: str = "") -> list[str]:
-    """Return a line for every leaf in which two nested configurations differ, named by its dotted path.
-
-    Tuples and lists of the same elements are the same: JSON knows no tuples.
-    """
-    lines = []
-    for name in [*old, *(n for n in new if n not in old)]:
-        where = f"{path}{name}"
-        if name not in new:
-            lines.append(f"{where}: stored {old[name]!r}, now absent")
-        elif name not in old:
-            lines.append(f"{where}: not stored, now {new[name]!r}")
-        elif isinstance(old[name], dict) and isinstance(new[name], dict):
-            lines += diff_configs(old[name], new[name], f"{where}.")
-        elif _as_json(old[name]) != _as_json(new[name]):
-            lines.append(f"{where}: stored {old[name]!r}, now {new[name]!r}")
-    return lines
-
-
 class TrainCheckpoints:
     """The checkpoints of one run: the `keep` latest steps and the best one.
 
@@ -344,14 +325,6 @@ def _is_from_system(error: OSError | ValueError, codes: Sequence[int] = ()) -> b
 def _shorten(problems: list[str]) -> str:
     more = len(problems) - _NUM_NAMED
     return "; ".join(problems[:_NUM_NAMED]) + (f"; and {more} more files" if more > 0 else "")
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, tuple | list):
-        return [_as_json(v) for v in value]
-    if isinstance(value, dict):
-        return {k: _as_json(v) for k, v in value.items()}
-    return value
 
 
 def _encode_data_state(data_state: dict[str, Any] | bytes) -> dict[str, Any]:

@@ -17,12 +17,21 @@ def insert_row(slots: SlotState, row: SlotState, index: Int[Array, ""]) -> SlotS
 
     What the slot held is overwritten to the end of its cache: nothing of an earlier request stays.
     """
+    return constrain_tree(jax.tree.map(lambda old, new: _write_row(old, new, index), slots, row))
 
-    def write(old: Array, new: Array) -> Array:
-        padding = [(0, 0)] + [(0, size - new_size) for size, new_size in zip(old.shape[1:], new.shape[1:], strict=True)]
-        return jax.lax.dynamic_update_slice_in_dim(old, jnp.pad(new, padding), index, axis=0)
 
-    return constrain_tree(jax.tree.map(write, slots, row))
+# A program of its own in each: the caches of many layers have one shape, which is traced once.
+
+
+@jax.jit
+def _write_row(old: Array, new: Array, index: Array) -> Array:
+    padding = [(0, 0)] + [(0, size - new_size) for size, new_size in zip(old.shape[1:], new.shape[1:], strict=True)]
+    return jax.lax.dynamic_update_slice_in_dim(old, jnp.pad(new, padding), index, axis=0)
+
+
+@jax.jit
+def _take_rows(x: Array, rows: Array) -> Array:
+    return x[rows]
 
 
 @jax.jit
@@ -36,7 +45,7 @@ def resize_slots(
     slots: SlotState, rows: Int[Array, " new"], is_used: Bool[Array, " new"], num_positions: int
 ) -> SlotState:
     """Return the slots `rows`, with caches cut or lengthened to `num_positions`; those not `is_used` are done."""
-    slots = jax.tree.map(lambda x: x[rows], slots)
+    slots = jax.tree.map(lambda x: _take_rows(x, rows), slots)
     decode = slots.decode
     decode = decode.replace(
         tokens=fit_length(decode.tokens, 1, num_positions),

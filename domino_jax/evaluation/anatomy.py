@@ -7,7 +7,7 @@ cache it attends to, the logits it writes or reads. Knows no files.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
@@ -184,16 +184,26 @@ def _repeat_phase(settings: DecodeSettings, phase: str, params: ModelParams, car
     return jax.lax.fori_loop(0, _LOOP_LEN, lambda _, c: run(settings, params, c), carry)
 
 
+def check_contexts(settings: DecodeSettings, contexts: Sequence[int]) -> None:
+    """Check that rounds can be timed after so many tokens.
+
+    Raises:
+        ConfigError: a context leaves no room for a few rounds in the target's.
+    """
+    room = settings.target.max_position_embeddings - 2 * _LOOP_LEN
+    for context in contexts:
+        require(1 <= context <= room, f"a context of {context} tokens cannot be timed; 1 .. {room} fit the target")
+
+
 def measure_round(
     settings: DecodeSettings, params: ModelParams, batch: int, context: int, repeats: int = 5
 ) -> list[PhaseCost]:
     """Time a round of greedy decoding, its phases, the plain step and a prefill chunk for rows of `context` tokens.
 
     Raises:
-        ConfigError: the context leaves no room for a few rounds in the target's.
+        ConfigError: see `check_contexts`.
     """
-    room = settings.target.max_position_embeddings - 2 * _LOOP_LEN
-    require(1 <= context <= room, f"a context of {context} tokens cannot be timed; 1 .. {room} fit the target")
+    check_contexts(settings, [context])
     plain = replace(settings, draft=None, block_size=1, rule="greedy")
     settings = replace(settings, rule="greedy", has_filters=False)
     costs = [_measure_plain(plain, ModelParams(params.target), batch, context, repeats)]

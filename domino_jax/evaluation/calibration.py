@@ -7,15 +7,21 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit, logit
 
 from domino_jax.config import SamplingConfig
 from domino_jax.decoding.adaptive_width import verify_width
 from domino_jax.decoding.generate import Decoder
 from domino_jax.decoding.speculative import propose_block
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
-from domino_jax.decoding.survival import CalibrationError, SurvivalCalibration, fit_slots
+from domino_jax.decoding.survival import CalibrationError, SlotSurvival, SurvivalCalibration
 from domino_jax.ops.precision import in_full_precision
-from domino_jax.shapes import Array
+from domino_jax.shapes import Array, Bool, Float, Int
+
+_PRIOR_WEIGHT = 1.0
+"""Weight of the drafter's own probability as it is (slope 1, intercept 0), in squared distance of the two numbers: a
+slot that was always kept, or never seen, has a finite fit."""
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -70,3 +76,28 @@ def calibrate_survival(
             )
         sizes[size] = fit_slots(np.concatenate(confidence), np.concatenate(num_kept))
     return SurvivalCalibration(sizes, decoder.settings.draft_vocab_size)
+
+
+def fit_slots(confidence: Float[np.ndarray, "rounds P"], num_kept: Int[np.ndarray, " rounds"]) -> SlotSurvival:
+    """Fit every slot's map by penalised logistic regression on the rounds that kept all drafts before it."""
+    log_odds = logit(np.clip(np.asarray(confidence, np.float64), 1e-6, 1 - 1e-6))
+    slots = []
+    for k in range(log_odds.shape[1]):
+        reached = num_kept >= k
+        is_kept = (num_kept > k)[reached]
+        slope, intercept = _fit_map(log_odds[reached, k], is_kept)
+        slots.append((slope, intercept, (is_kept.sum() + 1) / (is_kept.size + 2)))
+    return SlotSurvival(*(tuple(float(v) for v in column) for column in zip(*slots, strict=True)))
+
+
+def _fit_map(log_odds: Float[np.ndarray, " n"], is_kept: Bool[np.ndarray, " n"]) -> tuple[float, float]:
+    def find_loss(numbers: Float[np.ndarray, " 2"]) -> tuple[float, Float[np.ndarray, " 2"]]:
+        slope, intercept = numbers
+        z = slope * log_odds + intercept
+        loss = np.sum(np.logaddexp(0, z) - is_kept * z) + _PRIOR_WEIGHT / 2 * ((slope - 1) ** 2 + intercept**2)
+        error = expit(z) - is_kept
+        gradient = [error @ log_odds + _PRIOR_WEIGHT * (slope - 1), error.sum() + _PRIOR_WEIGHT * intercept]
+        return float(loss), np.array(gradient)
+
+    found = minimize(find_loss, np.array([1.0, 0.0]), jac=True, bounds=[(0, None), (None, None)], method="L-BFGS-B")
+    return float(found.x[0]), float(found.x[1])

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig
-from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
+from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, make_layer, rms_norm, run_traced_once
 from domino_jax.ops.attention import attend_blocks
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
 from domino_jax.ops.products import multiply
@@ -49,8 +49,9 @@ class DraftBackbone(nn.Module):
         """Write every layer's keys and values of context vectors at positions `start ..`; they must fit the cache."""
         positions = start[:, None] + jnp.arange(context.shape[1])
         for i, layer in enumerate(self.layers):
-            keys, values = layer.keys_values(context, positions)
-            cache = write_layer(cache, i, keys, values, start)
+            cache = cache.with_layer(
+                i, run_traced_once(_write_context, layer, cache.layer(i), context, positions, start)
+            )
         return cache
 
     def draft(
@@ -63,11 +64,7 @@ class DraftBackbone(nn.Module):
         positions = anchor_pos[:, None] + jnp.arange(block_embeddings.shape[1])
         x = block_embeddings.astype(self.dtype)
         for i, layer in enumerate(self.layers):
-            normed = layer.normed_input(x)
-            own = (layer.queries(normed, positions), *layer.keys_values(normed, positions))
-            queries, keys, values = (states[:, None] for states in own)
-            mixed = attend_blocks(queries, cache.keys[i], cache.values[i], keys, values, anchor_pos[:, None])
-            x = layer.finish(x, mixed[:, 0])
+            x = run_traced_once(_draft_layer, layer, cache.layer(i), x, positions, anchor_pos)
         return rms_norm(x, self.norm, self.config.rms_norm_eps)
 
     def train(
@@ -104,6 +101,19 @@ class DraftBackbone(nn.Module):
         context = self.project_context(features)
         blocks = jnp.zeros((1, 1, 2, self.config.hidden_size), self.dtype)
         return self.train(context, blocks, jnp.zeros((1, 1), jnp.int32))
+
+
+def _write_context(layer: DecoderLayer, own: KVCache, context: Array, positions: Array, start: Array) -> KVCache:
+    keys, values = layer.keys_values(context, positions)
+    return write_layer(own, 0, keys, values, start)
+
+
+def _draft_layer(layer: DecoderLayer, own: KVCache, x: Array, positions: Array, anchor_pos: Array) -> Array:
+    normed = layer.normed_input(x)
+    block = (layer.queries(normed, positions), *layer.keys_values(normed, positions))
+    queries, keys, values = (states[:, None] for states in block)
+    mixed = attend_blocks(queries, own.keys[0], own.values[0], keys, values, anchor_pos[:, None])
+    return layer.finish(x, mixed[:, 0])
 
 
 def init_draft_cache(config: DraftConfig, batch: int, num_positions: int, dtype: jnp.dtype) -> KVCache:

@@ -12,7 +12,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from domino_jax.config import TargetConfig
-from domino_jax.models.layers import INIT_STDDEV, make_layer, rms_norm
+from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, make_layer, rms_norm, run_traced_once
 from domino_jax.ops.cached_attention import attend_cached, write_deferred
 from domino_jax.ops.kv_cache import KVCache, init_cache
 from domino_jax.ops.products import multiply_turned
@@ -93,15 +93,9 @@ class Qwen3(nn.Module):
         captured = {}
         entries = []
         for i, layer in enumerate(self.layers):
-            normed = layer.normed_input(x)
-            keys, values = layer.keys_values(normed, positions)
-            entries.append((keys, values))
-            cache, mixed = attend_cached(cache, i, layer.queries(normed, positions), keys, values, start)
-            # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
-            # queries: devices that share the heads need not ask each other.
-            fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)
-            mixed = mixed + jnp.repeat(fault, mixed.shape[2] // values.shape[2], axis=2)[..., None]
-            x = layer.finish(x, mixed)
+            own, x, entry = run_traced_once(_run_cached, layer, cache.layer(i), x, positions, start)
+            cache = cache.with_layer(i, own)
+            entries.append(entry)
             captured[i] = x
         cache, x = write_deferred(cache, entries, start, x)
         return self._output(x, captured, cache)
@@ -118,6 +112,20 @@ class Qwen3(nn.Module):
         features = [captured[i] for i in self.capture_layers]
         stacked = jnp.concatenate(features, axis=-1) if features else jnp.zeros((*x.shape[:-1], 0), x.dtype)
         return TargetOutput(rms_norm(x, self.norm, self.config.rms_norm_eps), constrain(stacked, "states"), cache)
+
+
+def _run_cached(
+    layer: DecoderLayer, own: KVCache, x: Array, positions: Array, start: Array
+) -> tuple[KVCache, Array, tuple[Array, Array]]:
+    """Return a layer's cache, its output, and the keys and values that `write_deferred` asks for."""
+    normed = layer.normed_input(x)
+    keys, values = layer.keys_values(normed, positions)
+    own, mixed = attend_cached(own, 0, layer.queries(normed, positions), keys, values, start)
+    # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
+    # queries: devices that share the heads need not ask each other.
+    fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)
+    mixed = mixed + jnp.repeat(fault, mixed.shape[2] // values.shape[2], axis=2)[..., None]
+    return own, layer.finish(x, mixed), (keys, values)
 
 
 def head_weight(params: Params) -> Float[Array, "V D"]:

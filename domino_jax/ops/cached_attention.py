@@ -32,12 +32,8 @@ def attend_cached(
     `start + T` must fit the cache; what lies at later positions never matters. Values that are not finite count as 0,
     as `write_layer` stores them.
     """
-    own = KVCache((cache.keys[layer],), (cache.values[layer],))
-    own, mixed = _attend_cached(own, queries, keys, values, start)
-    return KVCache(
-        cache.keys[:layer] + own.keys + cache.keys[layer + 1 :],
-        cache.values[:layer] + own.values + cache.values[layer + 1 :],
-    ), mixed
+    own, mixed = _attend_cached(cache.layer(layer), queries, keys, values, start)
+    return cache.with_layer(layer, own), mixed
 
 
 def write_deferred(

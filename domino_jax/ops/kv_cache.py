@@ -6,6 +6,7 @@ Layers are separate arrays in tuples because a stacked cache is copied by `scan`
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import no_type_check
 
 import flax.struct
@@ -34,6 +35,17 @@ class KVCache:
         """Positions a row can hold."""
         return self.keys[0].shape[-1]
 
+    def layer(self, number: int) -> "KVCache":
+        """Return the cache of one layer."""
+        return KVCache((self.keys[number],), (self.values[number],))
+
+    def with_layer(self, number: int, own: "KVCache") -> "KVCache":
+        """Return this cache with that of one layer in the place of its own."""
+        return KVCache(
+            self.keys[:number] + own.keys + self.keys[number + 1 :],
+            self.values[:number] + own.values + self.values[number + 1 :],
+        )
+
 
 def init_cache(
     num_layers: int, batch: int, num_kv_heads: int, head_dim: int, num_positions: int, dtype: jnp.dtype
@@ -44,6 +56,7 @@ def init_cache(
     return KVCache(keys, values)
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def fit_length(x: Array, axis: int, length: int) -> Array:
     """Return `x` cut or filled with zeros to `length` along an axis."""
     padding = [(0, 0)] * x.ndim
@@ -70,16 +83,17 @@ def write_layer(
     overwrite older entries. Values that are not finite are stored as 0, because a position that a query may not see has
     weight 0, and 0 times NaN would be NaN: their token's own output has to tell.
     """
-    values = finite_or_zero(values)
-    new_keys = keys.transpose(0, 2, 3, 1).astype(cache.keys[layer].dtype)
-    new_values = values.transpose(0, 2, 1, 3).astype(cache.values[layer].dtype)
-    written_keys = _write_rows(cache.keys[layer], new_keys, start, axis=2)
-    written_values = _write_rows(cache.values[layer], new_values, start, axis=1)
-    written_keys, written_values = constrain(written_keys, "cache"), constrain(written_values, "cache")
-    return KVCache(
-        keys=cache.keys[:layer] + (written_keys,) + cache.keys[layer + 1 :],
-        values=cache.values[:layer] + (written_values,) + cache.values[layer + 1 :],
-    )
+    return cache.with_layer(layer, _write_layer(cache.layer(layer), keys, values, start))
+
+
+@jax.jit
+def _write_layer(own: KVCache, keys: Array, values: Array, start: Array) -> KVCache:
+    (old_keys,), (old_values,) = own.keys, own.values
+    new_keys = keys.transpose(0, 2, 3, 1).astype(old_keys.dtype)
+    new_values = finite_or_zero(values).transpose(0, 2, 1, 3).astype(old_values.dtype)
+    written_keys = _write_rows(old_keys, new_keys, start, axis=2)
+    written_values = _write_rows(old_values, new_values, start, axis=1)
+    return KVCache((constrain(written_keys, "cache"),), (constrain(written_values, "cache"),))
 
 
 def write_layers(

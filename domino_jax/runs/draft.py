@@ -17,8 +17,8 @@ import numpy as np
 
 from domino_jax.checkpoints.fingerprint import fingerprint_target
 from domino_jax.checkpoints.huggingface import check_draft_fits, save_draft
-from domino_jax.checkpoints.train_state import TrainCheckpoints, diff_configs
-from domino_jax.config import DraftConfig, TargetConfig, to_json_dict
+from domino_jax.checkpoints.train_state import TrainCheckpoints
+from domino_jax.config import DraftConfig, TargetConfig, diff_configs, to_json_dict
 from domino_jax.data.chat_template import ChatTemplateError, encode_prompt, find_mask_id, find_stop_ids
 from domino_jax.data.pipeline import BatchIterator, ChatSource, RowIndex, RowSource, build_dataset
 from domino_jax.data.responses import RowError, RowReport, read_chats

@@ -40,8 +40,8 @@ from domino_jax.runs.embedded import embedded_target_config, read_corpus_chats
 from domino_jax.runs.features import choose_feature_shape
 from domino_jax.runs.folder import RunError, RunFolder, find_run
 from domino_jax.runs.monitor import RunMonitor
-from domino_jax.runs.target_model import HeldWeights, TargetModel
-from domino_jax.runs.training_run import check_run, find_target, warn_of_mismatches
+from domino_jax.runs.target_model import HeldWeights, TargetModel, find_target
+from domino_jax.runs.training_run import check_run, warn_of_mismatches
 from domino_jax.sharding import activate, count_device_bytes, find_layout
 from domino_jax.training.step import TrainState, create_train_state
 

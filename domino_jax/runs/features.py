@@ -21,8 +21,7 @@ import jax
 import numpy as np
 
 from domino_jax.checkpoints.fingerprint import fingerprint_target
-from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.config import DraftConfig, TargetConfig, diff_configs
 from domino_jax.data.feature_cache import (
     DamagedShardError,
     FeatureCache,

@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 
-from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import to_json_dict
+from domino_jax.config import diff_configs, to_json_dict
 from domino_jax.durable import flush_tree, hold_lock, move, remove, write_atomically
 from domino_jax.processes import ProcessError, on_all, on_first
 from domino_jax.run_config import RunConfig

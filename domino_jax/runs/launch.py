@@ -27,8 +27,7 @@ import jax
 from jax.experimental import multihost_utils
 
 import domino_jax
-from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import ConfigError, require, to_json_dict
+from domino_jax.config import ConfigError, diff_configs, require, to_json_dict
 from domino_jax.config_flags import format_config
 from domino_jax.processes import ProcessError, check_same, is_first, on_all
 from domino_jax.run_config import RunConfig

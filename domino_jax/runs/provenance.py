@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from domino_jax.checkpoints.fingerprint import fingerprint_target, hash_json
 from domino_jax.checkpoints.huggingface import CONFIG_FILE
 from domino_jax.checkpoints.safetensors_io import CheckpointError, read_json_object
-from domino_jax.checkpoints.train_state import diff_configs
+from domino_jax.config import diff_configs
 from domino_jax.runs.target_model import TargetModel
 
 DIRECTORY, ENDPOINT = "directory", "endpoint"

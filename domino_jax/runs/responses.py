@@ -19,8 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from domino_jax.checkpoints.safetensors_io import read_json_object
-from domino_jax.checkpoints.train_state import diff_configs
-from domino_jax.config import SamplingConfig, to_json_dict
+from domino_jax.config import SamplingConfig, diff_configs, to_json_dict
 from domino_jax.data.chat_template import encode_prompt, renders_as_written
 from domino_jax.data.responses import CUT_REASONS, write_chats
 from domino_jax.decoding.generate import Decoder

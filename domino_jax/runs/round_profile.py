@@ -41,6 +41,7 @@ def run(arguments: list[str]) -> None:
     settings = replace(
         decoder.settings, block_size=args.block_size or draft.config.block_size, use_head=not args.no_head
     )
+    anatomy.check_contexts(settings, args.contexts)
     rates = anatomy.measure_rates(args.dtype)
     rows = [
         cost.to_row(rates, settings)

@@ -33,7 +33,7 @@ from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vo
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.folder import RunError, RunFolder
-from domino_jax.runs.training_run import find_target
+from domino_jax.runs.target_model import find_target
 from domino_jax.serving.engine import SlotEngine
 from domino_jax.serving.engine_config import EngineConfig, plan_ladders
 from domino_jax.serving.http.api import create_app

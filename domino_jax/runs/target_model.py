@@ -14,8 +14,11 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from transformers import PreTrainedTokenizerBase
 
-from domino_jax.config import TargetConfig
+from domino_jax.checkpoints.huggingface import read_target_config, resolve_directory
+from domino_jax.config import TargetConfig, require
 from domino_jax.models.stacked_target import STACKED, split_layers, stack_layers, unstack_layers
+from domino_jax.run_config import RunConfig
+from domino_jax.runs.folder import RunFolder
 from domino_jax.shapes import Array, Params
 from domino_jax.sharding import Layout
 
@@ -95,3 +98,20 @@ class TargetModel:
     weights: HeldWeights
     tokenizer: PreTrainedTokenizerBase
     layout: Layout | None = None
+
+
+def find_target(config: RunConfig, folder: RunFolder) -> str:
+    """Return the directory of the run's target, whose context is long enough for the run's sequences.
+
+    Raises:
+        ConfigError: it is not.
+        CheckpointError: the directory or hub id cannot be used.
+    """
+    path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
+    context_len = read_target_config(path)[0].max_position_embeddings
+    require(
+        config.data.max_length <= context_len,
+        f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
+        f"give --config.data.max_length={context_len} or less",
+    )
+    return path

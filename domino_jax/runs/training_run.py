@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 import jax
 
-from domino_jax.checkpoints.huggingface import load_target, read_target_config, resolve_directory
+from domino_jax.checkpoints.huggingface import load_target, read_target_config
 from domino_jax.config import require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.data.feature_cache import check_array_record
@@ -33,7 +33,7 @@ from domino_jax.runs.monitor import RunMonitor
 from domino_jax.runs.provenance import describe_directory, find_mismatches, settings_path
 from domino_jax.runs.report import write_report
 from domino_jax.runs.responses import ResponseSettings, describe_job, has_rows, regenerate
-from domino_jax.runs.target_model import HeldWeights, TargetModel
+from domino_jax.runs.target_model import HeldWeights, TargetModel, find_target
 from domino_jax.runs.wandb_log import WandbLog, load_wandb
 from domino_jax.sharding import check_sizes, find_layout
 from domino_jax.training.draft_init import check_start
@@ -197,23 +197,6 @@ def load_target_model(config: RunConfig, folder: RunFolder) -> TargetModel:
     check_sizes(layout, read_target_config(path)[0])
     target_config, params = load_target(path, config.target.dtype, layout)
     return TargetModel(path, target_config, HeldWeights(params), load_tokenizer(path), layout)
-
-
-def find_target(config: RunConfig, folder: RunFolder) -> str:
-    """Return the directory of the run's target, whose context is long enough for the run's sequences.
-
-    Raises:
-        ConfigError: it is not.
-        CheckpointError: the directory or hub id cannot be used.
-    """
-    path = str(folder.target) if config.corpus else str(resolve_directory(config.target.path))
-    context_len = read_target_config(path)[0].max_position_embeddings
-    require(
-        config.data.max_length <= context_len,
-        f"data.max_length is {config.data.max_length}; the context of the target {path} holds {context_len} tokens: "
-        f"give --config.data.max_length={context_len} or less",
-    )
-    return path
 
 
 def warn_of_mismatches(config: RunConfig, train_path: str, target: TargetModel, monitor: RunMonitor) -> list[str]:

@@ -229,13 +229,11 @@ def decoder():
     return make_decoder(vocab=VOCAB, block=3, mask_id=7, shift_label=False)
 
 
-def draw_alone(decoder, first_seed, cheat):
-    """Draw sequences whose width is decided for each by itself: a batch of batches of one row."""
+def draw_alone(decoder, first_seeds, cheat):
+    """Draw sequences whose width is decided for each by itself: batches of batches of one row."""
     settings = replace(
         decoder.settings, block_size=3, rule="rejection", has_filters=True, verify_widths=(2, 3), num_candidates=0
     )
-    sampling = [replace(SAMPLING, seed=first_seed + i) for i in range(ROWS)]
-    params, state = decoder.start_batch(settings, [PROMPT] * ROWS, [NUM_NEW] * ROWS, sampling, [()] * ROWS, ROWS)
     # Steep: a slot is taken to be kept or refused, by whether its confidence is above a third or so.
     slots = {w: SlotSurvival((6.0,) * (w - 1), (4.0,) * (w - 1), (0.6,) * (w - 1)) for w in (2, 3)}
     calibration = SurvivalCalibration(slots)
@@ -248,19 +246,26 @@ def draw_alone(decoder, first_seed, cheat):
         known = jnp.where(usual.tokens == 0, 0.95, 0.05)  # a token that drafter and target both like
         return usual.replace(confidence=usual.confidence.at[:, 1:].set(known[:, 1:]))
 
-    def run(state):
-        return adaptive_width.run_adaptive(settings, params, state, table, jnp.asarray(FREE), jnp.int32(99), propose)
+    @jax.jit
+    def run_all(params, states):
+        def run(state):
+            order, max_rounds = jnp.asarray(FREE), jnp.int32(99)
+            return adaptive_width.run_adaptive(settings, params, state, table, order, max_rounds, propose)
 
-    alone = jax.tree.map(lambda x: x[:, None], state)
-    state, progress = jax.jit(jax.vmap(run))(alone)
+        return jax.vmap(run)(states)
+
     start = len(PROMPT)
-    return np.asarray(state.tokens[:, 0, start : start + NUM_NEW]), np.asarray(progress.choices).sum(axis=0)
+    for first_seed in first_seeds:
+        sampling = [replace(SAMPLING, seed=first_seed + i) for i in range(ROWS)]
+        params, state = decoder.start_batch(settings, [PROMPT] * ROWS, [NUM_NEW] * ROWS, sampling, [()] * ROWS, ROWS)
+        state, progress = run_all(params, jax.tree.map(lambda x: x[:, None], state))
+        yield np.asarray(state.tokens[:, 0, start : start + NUM_NEW]), np.asarray(progress.choices).sum(axis=0)
 
 
 @pytest.mark.parametrize("cheat", [False, True])
 def test_law_where_width_is_chosen(decoder, exact_law, cheat):  # noqa: F811
     """A width chosen by the laws before a token keeps its law; chosen by the token itself it does not."""
-    draws = [draw_alone(decoder, 10_000 * (i + 1), cheat) for i in range(8)]
+    draws = list(draw_alone(decoder, [10_000 * (i + 1) for i in range(8)], cheat))
     counts = sum(d[1] for d in draws)[1]
     assert counts.min() > 0.05 * counts.sum(), f"both widths must occur: {counts}"
     tokens = np.concatenate([d[0] for d in draws])

@@ -10,10 +10,10 @@ from domino_jax.decoding.survival import (
     CalibrationError,
     SurvivalCalibration,
     check_calibration,
-    fit_slots,
     load_calibration,
     save_calibration,
 )
+from domino_jax.evaluation.calibration import fit_slots
 from tests.decoding.tiny_pair import make_configs
 
 

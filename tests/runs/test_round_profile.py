@@ -8,6 +8,7 @@ import pytest
 import bench
 from domino_jax.checkpoints.huggingface import save_draft, save_target
 from domino_jax.decoding.state import DecodeSettings
+from domino_jax.evaluation import anatomy
 from domino_jax.evaluation.anatomy import PHASES, count_target_work, count_work
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
@@ -74,11 +75,12 @@ def test_counts_of_shapes():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--contexts", "97"], "a context of 97 tokens cannot be timed; 1 .. 96 fit the target"),
+        (["--contexts", "16", "97"], "a context of 97 tokens cannot be timed; 1 .. 96 fit the target"),
         (["--block-size", "9"], "block size 9 is outside 1 .. 5"),
     ],
 )
-def test_what_cannot_be_timed_is_refused(pair, capsys, options, message):
+def test_what_cannot_be_timed_is_refused_before_time_is_spent(pair, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(anatomy, "measure_rates", lambda *_: pytest.fail("the machine was measured"))
     assert profile(pair, *options) == 2
     assert message in capsys.readouterr().err
 
