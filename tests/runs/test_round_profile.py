@@ -1,6 +1,7 @@
 """`bench.py --profile` on a tiny pair: every phase, counts that are those of the shapes, wrong options named."""
 
 import json
+from functools import partial
 
 import jax
 import pytest
@@ -23,6 +24,12 @@ def pair(tmp_path_factory):
     save_target(root / "target", target, init_target_params(target, jax.random.key(0)))
     save_draft(root / "draft", draft, init_draft_params(draft, jax.random.key(1)))
     return root
+
+
+@pytest.fixture(autouse=True)
+def rates_of_small_copies(monkeypatch):
+    """Machine rates are measured, but with a few megabytes: that they are right is not asked here."""
+    monkeypatch.setattr(anatomy, "measure_rates", partial(anatomy.measure_rates, copy_bytes=1 << 22, matrix_size=256))
 
 
 def profile(pair, *options):
