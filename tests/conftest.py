@@ -13,8 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 LEVEL = "--xla_backend_optimization_level"
-"""How much LLVM optimises what XLA hands to it. Tests mostly wait for it (a file of decoding tests took 33 s without and
-48 s with it); XLA's own passes are as always. XLA_FLAGS may say otherwise."""
+"""How much LLVM optimises what XLA hands to it. Tests mostly wait for it (a file of decoding tests took 33 s without
+and 48 s with it); XLA's own passes are as always. XLA_FLAGS may say otherwise."""
 if os.environ["JAX_PLATFORMS"] == "cpu" and LEVEL not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=0".strip()
 
