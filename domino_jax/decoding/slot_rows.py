@@ -20,7 +20,7 @@ def insert_row(slots: SlotState, row: SlotState, index: Int[Array, ""]) -> SlotS
     return constrain_tree(jax.tree.map(lambda old, new: _write_row(old, new, index), slots, row))
 
 
-# A program of its own in each: the caches of many layers have one shape, which is traced once.
+# Jitted by themselves: the caches of many layers have one shape, which is then traced once.
 
 
 @jax.jit

@@ -105,7 +105,7 @@ class DraftBackbone(nn.Module):
 
 def _write_context(layer: DecoderLayer, own: KVCache, context: Array, positions: Array, start: Array) -> KVCache:
     keys, values = layer.keys_values(context, positions)
-    return write_layer(own, 0, keys, values, start)
+    return write_layer(own, keys, values, start)
 
 
 def _draft_layer(layer: DecoderLayer, own: KVCache, x: Array, positions: Array, anchor_pos: Array) -> Array:

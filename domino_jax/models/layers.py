@@ -111,8 +111,8 @@ class DecoderLayer(nn.Module):
 def run_traced_once(function: Callable[..., _T], layer: DecoderLayer, *arguments: Any) -> _T:
     """Return `function(layer, *arguments)`; of layers with equal sizes and shapes only the first is traced.
 
-    XLA puts every call back in its place, so programs stay what they were; a model of 36 layers is traced and lowered
-    many times faster. `function` must be one of a module: traces are kept by it.
+    XLA puts every call back in its place, so programs stay what they were; only tracing and lowering a deep model takes
+    less time. `function` must be one of a Python module: traces are kept by it.
     """
     return _run_traced_once(function, *layer.unbind(), *arguments)
 

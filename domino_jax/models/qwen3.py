@@ -120,7 +120,7 @@ def _run_cached(
     """Return a layer's cache, its output, and the keys and values that `write_deferred` asks for."""
     normed = layer.normed_input(x)
     keys, values = layer.keys_values(normed, positions)
-    own, mixed = attend_cached(own, 0, layer.queries(normed, positions), keys, values, start)
+    own, mixed = attend_cached(own, layer.queries(normed, positions), keys, values, start)
     # The cache holds no value that is not finite; the token that has one says so itself, by the head's own
     # queries: devices that share the heads need not ask each other.
     fault = jnp.where(jnp.isfinite(values).all(axis=-1), 0.0, jnp.nan).astype(x.dtype)

@@ -19,21 +19,19 @@ from domino_jax.shapes import Array, Float, Int
 
 
 def attend_cached(
-    cache: KVCache,
-    layer: int,
+    own: KVCache,
     queries: Float[Array, "B T N H"],
     keys: Float[Array, "B T K H"],
     values: Float[Array, "B T K H"],
     start: Int[Array, " B"],
 ) -> tuple[KVCache, Float[Array, "B T N H"]]:
-    """Return the cache, and a layer's attention of T tokens at positions `start ..` over what lies up to each.
+    """Return the cache of a layer, and its attention of T tokens at positions `start ..` over what lies up to each.
 
     The returned cache holds the tokens only after `write_deferred`, which every forward pass has to call once.
     `start + T` must fit the cache; what lies at later positions never matters. Values that are not finite count as 0,
     as `write_layer` stores them.
     """
-    own, mixed = _attend_cached(cache.layer(layer), queries, keys, values, start)
-    return cache.with_layer(layer, own), mixed
+    return jax.lax.platform_dependent(own, queries, keys, values, start, tpu=attend_beside, default=write_then_attend)
 
 
 def write_deferred(
@@ -58,21 +56,16 @@ def write_after(cache: KVCache, entries: tuple, start: Array, x: Array) -> tuple
     return write_layers(cache, entries, start), x
 
 
-@jax.jit
-def _attend_cached(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
-    return jax.lax.platform_dependent(own, queries, keys, values, start, tpu=attend_beside, default=write_then_attend)
-
-
 def write_then_attend(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
-    """Return `attend_cached` of a cache of one layer: attention reads the cache as it was written."""
-    own = write_layer(own, 0, keys, values, start)
+    """Return `attend_cached`; attention reads the cache as it was written."""
+    own = write_layer(own, keys, values, start)
     positions = start[:, None] + jnp.arange(queries.shape[1])
     attend_mask = jnp.arange(own.num_positions) <= positions[..., None]
     return own, attend(queries, own.keys[0], own.values[0], attend_mask)
 
 
 def attend_beside(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
-    """Return `attend_cached` of a cache of one layer: attention reads the cache as it was, and nothing is written."""
+    """Return `attend_cached`; attention reads the cache as it was, and nothing is written."""
     new_keys, new_values = keys.astype(own.keys[0].dtype), finite_or_zero(values).astype(own.values[0].dtype)
     new_keys, new_values, queries, anchor_pos = (x[:, None] for x in (new_keys, new_values, queries, start))
     context = own.keys[0], own.values[0]

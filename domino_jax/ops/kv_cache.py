@@ -70,24 +70,16 @@ def fit_cache(cache: KVCache, num_positions: int) -> KVCache:
     return KVCache(keys, tuple(fit_length(x, 2, num_positions) for x in cache.values))
 
 
+@jax.jit  # layers of equal shapes are traced once
 def write_layer(
-    cache: KVCache,
-    layer: int,
-    keys: Float[Array, "B T K H"],
-    values: Float[Array, "B T K H"],
-    start: Int[Array, " B"],
+    own: KVCache, keys: Float[Array, "B T K H"], values: Float[Array, "B T K H"], start: Int[Array, " B"]
 ) -> KVCache:
-    """Write T positions of one layer at each row's own `start`.
+    """Write T positions at each row's own `start` into the cache of one layer.
 
     The caller keeps `start + T` within the cache: a slice that would leave it is moved back by XLA and would
     overwrite older entries. Values that are not finite are stored as 0, because a position that a query may not see has
     weight 0, and 0 times NaN would be NaN: their token's own output has to tell.
     """
-    return cache.with_layer(layer, _write_layer(cache.layer(layer), keys, values, start))
-
-
-@jax.jit
-def _write_layer(own: KVCache, keys: Array, values: Array, start: Array) -> KVCache:
     (old_keys,), (old_values,) = own.keys, own.values
     new_keys = keys.transpose(0, 2, 3, 1).astype(old_keys.dtype)
     new_values = finite_or_zero(values).transpose(0, 2, 1, 3).astype(old_values.dtype)
@@ -109,7 +101,7 @@ def write_layers(
     def write(_: None, own: tuple) -> KVCache:
         cache, entries, start = own
         for i, (keys, values) in enumerate(entries):
-            cache = write_layer(cache, i, keys, values, start)
+            cache = cache.with_layer(i, write_layer(cache.layer(i), keys, values, start))
         return cache
 
     return on_own_rows(write, None, (cache, tuple(entries), start))

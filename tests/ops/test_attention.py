@@ -160,18 +160,16 @@ def test_rope_rotates_pairs_of_halves_by_position():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_cache_write(dtype):
     """Each row writes at its own start and nothing else changes; the caller's cache is not touched."""
-    cache = init_cache(2, BATCH, KV_HEADS, WIDTH, 10, jnp.dtype(dtype))
+    cache = init_cache(1, BATCH, KV_HEADS, WIDTH, 10, jnp.dtype(dtype))
     assert cache.num_positions == 10
     keys, values = normal(0, BATCH, 3, KV_HEADS, WIDTH), normal(1, BATCH, 3, KV_HEADS, WIDTH)
     start = np.array([7, 0])
-    written = jax.jit(write_layer, static_argnums=1)(
-        cache, 1, jnp.asarray(keys), jnp.asarray(values), jnp.asarray(start)
-    )
-    assert not np.asarray(written.keys[0]).any() and not np.asarray(cache.keys[1]).any()
+    written = write_layer(cache, jnp.asarray(keys), jnp.asarray(values), jnp.asarray(start))
+    assert not np.asarray(cache.keys[0]).any() and not np.asarray(cache.values[0]).any()
     for row in range(BATCH):
         span = slice(start[row], start[row] + 3)
-        got_keys = np.asarray(written.keys[1][row]).transpose(2, 0, 1)
-        got_values = np.asarray(written.values[1][row]).transpose(1, 0, 2)
+        got_keys = np.asarray(written.keys[0][row]).transpose(2, 0, 1)
+        got_values = np.asarray(written.values[0][row]).transpose(1, 0, 2)
         np.testing.assert_array_equal(got_keys[span], jnp.asarray(keys[row], dtype))
         np.testing.assert_array_equal(got_values[span], jnp.asarray(values[row], dtype))
         assert not np.delete(got_keys, range(10)[span], axis=0).any()
@@ -196,9 +194,11 @@ def test_attention_before_and_after_the_write_are_the_same(num_new, dtype):
     for got, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
 
-    written, mixed = attend_cached(cache, 1, queries, keys, values, start)
-    np.testing.assert_array_equal(written.keys[0], cache.keys[0])
-    final, _ = write_deferred(written, [(keys, values)] * 2, start, mixed.reshape(3, num_new, -1))
+    written, mixed = attend_cached(own, queries, keys, values, start)
+    whole_cache = cache.with_layer(1, written)
+    np.testing.assert_array_equal(whole_cache.keys[0], cache.keys[0])
+    np.testing.assert_array_equal(whole_cache.layer(1).values[0], written.values[0])
+    final, _ = write_deferred(whole_cache, [(keys, values)] * 2, start, mixed.reshape(3, num_new, -1))
     np.testing.assert_array_equal(final.keys[1], results[0][0].keys[0])
     np.testing.assert_array_equal(final.values[1], results[0][0].values[0])
     np.testing.assert_allclose(mixed.astype(jnp.float32), results[0][1].astype(jnp.float32), **tolerance)
