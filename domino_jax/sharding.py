@@ -246,7 +246,8 @@ def check_sizes(layout: Layout | None, target: TargetConfig, draft: DraftConfig 
         return
     named = [
         (f"the {model}'s {name}", getattr(config, name))
-        for model, config in _models(target, draft)
+        for model, config in (("target", target), ("drafter", draft))
+        if config
         for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     ]
     allowed = _divisors(int(np.gcd.reduce([size for _, size in named])))
@@ -258,19 +259,12 @@ def check_sizes(layout: Layout | None, target: TargetConfig, draft: DraftConfig 
         )
 
 
-def _models(target: TargetConfig, draft: DraftConfig | None) -> list[tuple[str, TargetConfig | DraftConfig]]:
-    return [("target", target)] + ([("drafter", draft)] if draft else [])
-
-
 def _divisors(number: int) -> str:
     return ", ".join(str(i) for i in range(1, number + 1) if number % i == 0)
 
 
 def activate(layout: Layout | None) -> AbstractContextManager[Any]:
-    """Return the context in which jitted functions of this package are called or lowered for a layout.
-
-    None leaves everything on one device.
-    """
+    """Return the context in which jitted functions are called or lowered for a layout; None: all on one device."""
     return nullcontext() if layout is None else jax.set_mesh(layout.mesh)
 
 
