@@ -12,16 +12,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
-LEVEL = "--xla_backend_optimization_level"
-"""How much LLVM optimises what XLA hands to it. Tests mostly wait for it (a file of decoding tests took 33 s without
-and 48 s with it); XLA's own passes are as always. XLA_FLAGS may say otherwise."""
-if os.environ["JAX_PLATFORMS"] == "cpu" and LEVEL not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {LEVEL}=0".strip()
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 MAX_MAPPINGS = 16_000
 """Memory mappings of a test process after which it forgets what it compiled; Linux allows 65 530, then XLA crashes."""
+
+
+LEVEL = "--xla_backend_optimization_level"
+"""How much LLVM optimises what XLA hands to it."""
+
+
+def compile_quickly(config):
+    """Let LLVM optimise nothing in quick tests, which mostly wait for it; XLA's own passes are as always.
+
+    A file of decoding tests took 33 s so, and 48 s with what XLA asks of LLVM for users. XLA_FLAGS may say otherwise.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if os.environ["JAX_PLATFORMS"] == "cpu" and "not slow" in config.option.markexpr and LEVEL not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {LEVEL}=0".strip()
 
 
 def pytest_configure(config):
@@ -30,6 +38,7 @@ def pytest_configure(config):
     Tests mostly wait for XLA, which compiles the same small programs again in every process. A program is found by
     its code, its compiler's version and options, so one that has changed is compiled; `--cache-clear` deletes all.
     """
+    compile_quickly(config)
     if config.pluginmanager.hasplugin("cacheprovider"):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
