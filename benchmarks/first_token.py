@@ -3,7 +3,7 @@
     python benchmarks/first_token.py --output benchmarks/DATE-first-token --config configs/tiny.py --repeats 3
 
     python benchmarks/first_token.py --output benchmarks/DATE-first-token --layers 36 --tokenizer runs/tiny/target \\
-        -- --max-slots 4 --batch-sizes 1 --max-model-len 2000
+        -- --max-slots 4 --batch-sizes 1 --block-sizes 8 --max-model-len 2000
 
 Starts `serve.py` with a compilation cache of its own, once to fill it and then `--repeats` times more, asks for a token
 as soon as it is ready, and ends it. One row a start (`rows.jsonl`): `is_cold`, `listening_s` (the first answer of any
