@@ -3,11 +3,13 @@
 Source: `jax.lax.dot_general`; mixed-precision training as in arXiv 1710.03740 (16-bit factors, float32 sums).
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from domino_jax.ops import few_rows
 from domino_jax.shapes import Array, Float
 
 _PADDED_ROWS = 16
@@ -16,8 +18,11 @@ _PADDED_ROWS = 16
 _NUM_PARTS = 4
 """Parts that a CPU cuts the product of a single row into."""
 
-_FEW_ROWS = range(3, 33)
-"""Rows that are kept from YNNPACK on a CPU."""
+_FEW_ROWS = range(1, 33)
+"""Rows that a CPU gives to kernels of our own, or, where there are none, from the third on keeps from YNNPACK."""
+
+_FEW_TURNED_ROWS = range(1, 17)
+"""The same for products with a turned weight."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -49,7 +54,7 @@ def multiply_turned(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) ->
     On CPUs the weight is the product's left factor: XLA would otherwise turn and pack all of it for a few rows, which
     takes longer than the product.
     """
-    if x.size <= x.shape[-1] or not jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().empty:
         return jnp.einsum(_TURNED, x, weight, preferred_element_type=jnp.float32)
     return _multiply_turned_rows(x, weight)
 
@@ -60,7 +65,22 @@ _TURNED = "...i,oi->...o"
 @jax.jit
 def _multiply_turned_rows(x: Array, weight: Array) -> Array:
     default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
-    return jax.lax.platform_dependent(x, weight, cpu=_multiply_from_left, default=default)
+    num_rows = x.size // x.shape[-1]
+    if num_rows in _FEW_TURNED_ROWS and _has_kernels_for(x, weight):
+        on_cpu = _by_kernel(few_rows.multiply_turned_rows)
+    else:
+        on_cpu = _multiply_from_left if num_rows > 1 else default
+    return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
+
+
+def _has_kernels_for(x: Array, weight: Array) -> bool:
+    # Kernels are compiled where a program for a CPU is traced, not on a host of accelerators.
+    is_float32 = x.dtype == weight.dtype == jnp.float32
+    return is_float32 and jax.default_backend() == "cpu" and few_rows.has_kernels()
+
+
+def _by_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
+    return lambda x, weight: kernel(x.reshape(-1, x.shape[-1]), weight).reshape(*x.shape[:-1], -1)
 
 
 def _multiply_from_left(x: Array, weight: Array) -> Array:
@@ -89,25 +109,24 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
     few rows are kept from YNNPACK there, which packs the whole weight for them: products with a turned left factor are
     made by Eigen, which does not (measured on an x86 CPU without AVX-512).
     """
-    num_rows = x.size // x.shape[-1]
-    if num_rows == 1:
-        return _multiply_row(x, weight)
-    return _multiply_few_rows(x, weight) if num_rows in _FEW_ROWS else x @ weight
-
-
-@jax.jit
-def _multiply_row(x: Array, weight: Array) -> Array:
-    # Of a weight that devices share the parts may lie on several of them.
-    is_whole = jax.sharding.get_abstract_mesh().empty and weight.shape[0] % _NUM_PARTS == 0
-    by_parts = {"cpu": _multiply_in_parts} if is_whole else {}
-    return jax.lax.platform_dependent(x, weight, cuda=_multiply_padded, default=jnp.matmul, **by_parts)
+    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _FEW_ROWS else x @ weight
 
 
 @jax.jit
 def _multiply_few_rows(x: Array, weight: Array) -> Array:
-    if x.dtype != jnp.float32 or not jax.sharding.get_abstract_mesh().empty:
-        return x @ weight
-    return jax.lax.platform_dependent(x, weight, cpu=_multiply_turned_factor, default=jnp.matmul)
+    is_row = x.size == x.shape[-1]
+    by_platform = {"cuda": _multiply_padded} if is_row else {}
+    if jax.sharding.get_abstract_mesh().empty:  # of a weight that devices share each has a part
+        by_platform |= {"cpu": _choose_on_cpu(x, weight)}
+    return jax.lax.platform_dependent(x, weight, default=jnp.matmul, **by_platform)
+
+
+def _choose_on_cpu(x: Array, weight: Array) -> Callable[[Array, Array], Array]:
+    if _has_kernels_for(x, weight):
+        return _by_kernel(few_rows.multiply_rows)
+    if x.size == x.shape[-1]:
+        return _multiply_in_parts if weight.shape[0] % _NUM_PARTS == 0 else jnp.matmul
+    return _multiply_turned_factor if x.dtype == jnp.float32 and x.size > 2 * x.shape[-1] else jnp.matmul
 
 
 def _multiply_turned_factor(x: Array, weight: Array) -> Array:

@@ -1,0 +1,142 @@
+"""Products of a few rows on a CPU, by kernels that read the weight once and pack nothing (`few_rows.cc`).
+
+In: float32 rows and a weight that lies on one device. Out: their product. The machine's own C++ compiler makes the
+kernels when they are first needed, for the CPU at hand, and they are kept in the user's cache folder. Where there is no
+compiler nothing fails: `has_kernels` says so, and products stay with XLA.
+
+Source: XLA's foreign function interface as `jax.ffi` describes it.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+
+from domino_jax.shapes import Array, Float
+
+_SOURCE = Path(__file__).with_suffix(".cc")
+_SWITCH = "DOMINO_JAX_KERNELS"
+_COMPILERS = ("c++", "g++", "clang++")
+_OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
+_LOGGER = logging.getLogger(__name__)
+
+
+def has_kernels() -> bool:
+    """Return whether products of a few rows can be made by the kernels; the first call may compile them (seconds).
+
+    Raises:
+        ValueError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
+    """
+    return _register() is not None
+
+
+def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
+    """Return `x @ weight`, both float32, on a CPU that `has_kernels`; meant for up to 32 rows."""
+    return _multiply_rows(x, weight)
+
+
+def multiply_turned_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+    """Return `x @ weight.T`, both float32, on a CPU that `has_kernels`; meant for up to 16 rows."""
+    return _multiply_turned_rows(x, weight)
+
+
+@jax.custom_jvp
+def _multiply_rows(x: Array, weight: Array) -> Array:
+    return _call("MultiplyRows", x, weight, weight.shape[1])
+
+
+@_multiply_rows.defjvp
+def _multiply_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    return _multiply_rows(x, weight), x_dot @ weight + x @ weight_dot
+
+
+@jax.custom_jvp
+def _multiply_turned_rows(x: Array, weight: Array) -> Array:
+    return _call("MultiplyTurnedRows", x, weight, weight.shape[0])
+
+
+@_multiply_turned_rows.defjvp
+def _multiply_turned_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    return _multiply_turned_rows(x, weight), x_dot @ weight.T + x @ weight_dot.T
+
+
+def _call(kernel: str, x: Array, weight: Array, num_out: int) -> Array:
+    name = f"{_register()}.{kernel}"
+    out = jax.ShapeDtypeStruct((x.shape[0], num_out), jnp.float32)
+    return jax.ffi.ffi_call(name, out, vmap_method="sequential")(x, weight)
+
+
+@functools.cache
+def _register() -> str | None:
+    """Register the kernels with XLA and return the first part of their names, or None where there are none."""
+    switch = os.environ.get(_SWITCH, "1")
+    if switch not in ("0", "1"):
+        raise ValueError(f"{_SWITCH} is {switch!r}; allowed: 1 (kernels where they can be compiled), 0 (none)")
+    if switch == "0":
+        return None
+    key = _identify()
+    try:
+        library = _load(key)
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        _LOGGER.warning(
+            "products of few rows are left to XLA, verify passes on this CPU take up to twice as long: %s "
+            "(%s=0 keeps it so without this line)",
+            detail[-1] if detail else type(error).__name__,
+            _SWITCH,
+        )
+        return None
+    name = f"domino_jax.{key}"
+    for kernel in ("MultiplyRows", "MultiplyTurnedRows"):
+        jax.ffi.register_ffi_target(f"{name}.{kernel}", jax.ffi.pycapsule(getattr(library, kernel)), platform="cpu")
+    return name
+
+
+def _identify() -> str:
+    """Return a name for what a compiled file depends on: the source, the interface and the CPU."""
+    cpu = platform.uname()._asdict()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
+    parts = (_SOURCE.read_text(), " ".join(_OPTIONS), jaxlib.__version__, platform.machine(), str(cpu))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _load(key: str) -> ctypes.CDLL:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
+    file = folder / f"few_rows-{key}.so"
+    if file.exists():
+        return ctypes.CDLL(str(file))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = folder if os.access(folder, os.W_OK) else None
+    except OSError:
+        place = None
+    with tempfile.TemporaryDirectory(dir=place) as scratch:
+        made = _compile(Path(scratch) / file.name)
+        if place is not None:
+            os.replace(made, file)  # whole or not at all, whoever else compiles it
+            made = file
+        return ctypes.CDLL(str(made))
+
+
+def _compile(output: Path) -> Path:
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler was found ({', '.join(_COMPILERS)}, or the variable CXX)")
+    for_this_cpu = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
+    command = [*compiler.split(), *_OPTIONS, for_this_cpu, "-I", jax.ffi.include_dir(), str(_SOURCE)]
+    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, text=True, timeout=300)
+    return output

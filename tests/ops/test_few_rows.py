@@ -1,0 +1,164 @@
+"""Kernels for products of few rows: against numpy in 64 bits, in programs, and where they cannot be compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from domino_jax.ops import few_rows
+from domino_jax.ops.products import multiply, multiply_turned
+
+KERNELS = [
+    pytest.param(few_rows.multiply_rows, False, id="multiply_rows"),
+    pytest.param(few_rows.multiply_turned_rows, True, id="multiply_turned_rows"),
+]
+# Widths that fill no vector, no step and no part, and one of several parts each way.
+SIZES = [(1, 1), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    if jax.default_backend() != "cpu" or not few_rows.has_kernels():
+        pytest.skip("no CPU or no C++ compiler")
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def draw_factors(num_rows, num_in, num_out, is_turned):
+    """Return rows, a weight, and their product in 64 bits."""
+    x, weight = draw(num_rows, num_in), draw(num_in, num_out, seed=1)
+    return jnp.asarray(x), jnp.asarray(weight.T if is_turned else weight), x.astype(np.float64) @ weight
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 15, 16, 17, 32, 40])
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_product(kernel, is_turned, num_rows):
+    for num_in, num_out in SIZES:
+        x, weight, product = draw_factors(num_rows, num_in, num_out, is_turned)
+        # Sums of numbers of size one: rounding grows with their root, a wrong number would be off by as much as one.
+        np.testing.assert_allclose(jax.jit(kernel)(x, weight), product, rtol=1e-5, atol=2e-6 * num_in**0.5 + 1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_product_is_the_same_every_time(kernel, is_turned):
+    x, weight, _ = draw_factors(8, 1024, 512, is_turned)
+    compiled = jax.jit(kernel)
+    first = np.asarray(compiled(x, weight))
+    for _ in range(50):
+        np.testing.assert_array_equal(compiled(x, weight), first)
+
+
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_what_is_no_number_stays_in_its_row(kernel, is_turned):
+    x, weight, product = draw_factors(5, 64, 96, is_turned)
+    got = np.asarray(kernel(x.at[2, 3].set(np.nan), weight))
+    assert np.isnan(got[2]).all()
+    others = [0, 1, 3, 4]
+    np.testing.assert_allclose(got[others], product[others], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_many_products_at_once(kernel, is_turned):
+    """Independent products run side by side in one program, in a loop, on threads that they share."""
+    x, weight, product = draw_factors(4, 256, 320, is_turned)
+    weights = jnp.stack([weight * (1 + i) for i in range(8)])
+
+    @jax.jit
+    def run(x, weights):
+        return jax.lax.fori_loop(
+            0, 20, lambda _, sums: sums + jnp.stack([kernel(x, w) for w in weights]), jnp.zeros((8, 4, 320))
+        )
+
+    expected = 20 * np.stack([product * (1 + i) for i in range(8)])
+    np.testing.assert_allclose(run(x, weights), expected, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_derivatives(kernel, is_turned):
+    x, weight, _ = draw_factors(3, 20, 11, is_turned)
+    turned = (lambda w: w.T) if is_turned else (lambda w: w)
+    directions = jnp.asarray(draw(*x.shape, seed=2)), jnp.asarray(draw(*weight.shape, seed=3))
+    _, forward = jax.jvp(kernel, (x, weight), directions)
+    expected = directions[0] @ turned(weight) + x @ turned(directions[1])
+    np.testing.assert_allclose(forward, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
+def test_factors_that_do_not_fit_are_refused(kernel, is_turned):
+    x, weight, _ = draw_factors(3, 20, 11, is_turned)
+    with pytest.raises(Exception, match="differ"):
+        few_rows._call("MultiplyTurnedRows" if is_turned else "MultiplyRows", x[:, 1:], weight, 11).block_until_ready()
+
+
+def test_programs_have_them():
+    x, weight = jnp.asarray(draw(8, 64)), jnp.asarray(draw(64, 512))
+    for num_rows, function, factor, is_there in [
+        (1, multiply, weight, True),
+        (32, multiply, weight, True),
+        (33, multiply, weight, False),
+        (16, multiply_turned, weight.T, True),
+        (17, multiply_turned, weight.T, False),
+    ]:
+        rows = jnp.resize(x, (num_rows, 64))
+        program = jax.jit(function).lower(rows, factor).compile().as_text()
+        assert ("domino_jax." in program) == is_there, (function, num_rows)
+    assert "domino_jax." not in jax.jit(multiply).lower(jnp.bfloat16(x), jnp.bfloat16(weight)).compile().as_text()
+
+
+RUN = """
+import numpy as np, jax
+from domino_jax.ops import few_rows
+from domino_jax.ops.products import multiply
+print(few_rows.has_kernels(), float(jax.jit(multiply)(np.ones((2, 8), np.float32), np.ones((8, 4), np.float32)).sum()))
+"""
+
+
+def run_with(tmp_path, **environment):
+    """Run two products of ones in a process of its own with an empty cache folder; return what it printed and said."""
+    settings = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"} | environment
+    done = subprocess.run([sys.executable, "-c", RUN], env=settings, capture_output=True, text=True, check=False)
+    return done.stdout.strip(), done.stderr
+
+
+def test_without_a_compiler_products_are_xlas_and_one_line_says_so(tmp_path):
+    out, err = run_with(tmp_path, CXX="no-such-compiler")
+    assert out == "False 64.0"
+    assert "left to XLA" in err
+    assert "no-such-compiler" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_compiler_that_fails_is_quoted(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'unknown option of a test' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    out, err = run_with(tmp_path, CXX=str(compiler))
+    assert out == "False 64.0"
+    assert "unknown option of a test" in err
+
+
+def test_switch(tmp_path):
+    assert run_with(tmp_path, DOMINO_JAX_KERNELS="0") == ("False 64.0", "")
+    assert not list(tmp_path.iterdir())
+    _, err = run_with(tmp_path, DOMINO_JAX_KERNELS="no")
+    assert "DOMINO_JAX_KERNELS is 'no'; allowed: 1" in err
+
+
+def test_compiled_once_and_kept(tmp_path):
+    assert run_with(tmp_path) == ("True 64.0", "")
+    (file,) = (tmp_path / "domino_jax").iterdir()
+    assert run_with(tmp_path, CXX="no-such-compiler") == ("True 64.0", "")
+    assert [file] == list((tmp_path / "domino_jax").iterdir())
+
+
+def test_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path):
+    blocked = Path(tmp_path) / "file"
+    blocked.write_text("")
+    assert run_with(blocked) == ("True 64.0", "")
