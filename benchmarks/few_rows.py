@@ -3,7 +3,7 @@
     python benchmarks/few_rows.py --target DIR --draft DIR --blocks 7 15 --output benchmarks/DATE-cpu-few-rows
 
 A row of OUTPUT/rows.jsonl is one block size and manner: `XLA` (products of few rows as `domino_jax.ops.products` makes
-them where there is no compiler) or `kernels` (`domino_jax.ops.few_rows`); seconds of every repeat of a plain step, a
+them where there is no compiler) or `kernels` (`domino_jax.ops.cpu_kernels`); seconds of every repeat of a plain step, a
 verify pass and a round of greedy decoding with random caches, whose drafts are whatever the drafter says.
 """
 
@@ -25,10 +25,10 @@ from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.speculative import decode_speculative
 from domino_jax.decoding.state import ModelParams
 from domino_jax.evaluation import anatomy
-from domino_jax.ops import few_rows
+from domino_jax.ops import cpu_kernels
 from domino_jax.runs import options
 
-MANNERS = {"XLA": lambda: False, "kernels": few_rows.has_kernels}
+MANNERS = {"XLA": lambda: False, "kernels": cpu_kernels.has_kernels}
 NUM_STEPS = 32
 
 
@@ -89,7 +89,7 @@ def measure_block(decoder: Decoder, block: int, args: argparse.Namespace) -> lis
     """Return a row a manner."""
     timers: dict[str, dict[str, Callable[[], float]]] = {}
     for manner, has_kernels in MANNERS.items():
-        few_rows.has_kernels = has_kernels
+        cpu_kernels.has_kernels = has_kernels
         timers[manner] = compile_manner(decoder, block, args)
     seconds: dict[str, dict[str, list[float]]] = {manner: {} for manner in MANNERS}
     for _ in range(1 + args.repeats):
@@ -106,7 +106,7 @@ def measure_block(decoder: Decoder, block: int, args: argparse.Namespace) -> lis
 def main() -> None:
     """Measure every block size and add its rows to the output."""
     args = parse_arguments()
-    if not few_rows.has_kernels():
+    if not cpu_kernels.has_kernels():
         raise SystemExit("there are no kernels to compare with on this machine")
     target_config, target_params = load_target(args.target, "float32")
     draft = load_draft(args.draft, "float32")

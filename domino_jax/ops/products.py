@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from domino_jax.ops import few_rows
+from domino_jax.ops import cpu_kernels
 from domino_jax.shapes import Array, Float
 
 _PADDED_ROWS = 16
@@ -67,7 +67,7 @@ def _multiply_turned_rows(x: Array, weight: Array) -> Array:
     default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
     num_rows = x.size // x.shape[-1]
     if num_rows in _FEW_TURNED_ROWS and _has_kernels_for(x, weight):
-        on_cpu = _by_kernel(few_rows.multiply_turned_rows)
+        on_cpu = _by_kernel(cpu_kernels.multiply_turned_rows)
     else:
         on_cpu = _multiply_from_left if num_rows > 1 else default
     return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
@@ -76,7 +76,7 @@ def _multiply_turned_rows(x: Array, weight: Array) -> Array:
 def _has_kernels_for(x: Array, weight: Array) -> bool:
     # Kernels are compiled where a program for a CPU is traced, not on a host of accelerators.
     is_float32 = x.dtype == weight.dtype == jnp.float32
-    return is_float32 and jax.default_backend() == "cpu" and few_rows.has_kernels()
+    return is_float32 and jax.default_backend() == "cpu" and cpu_kernels.has_kernels()
 
 
 def _by_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
@@ -123,7 +123,7 @@ def _multiply_few_rows(x: Array, weight: Array) -> Array:
 
 def _choose_on_cpu(x: Array, weight: Array) -> Callable[[Array, Array], Array]:
     if _has_kernels_for(x, weight):
-        return _by_kernel(few_rows.multiply_rows)
+        return _by_kernel(cpu_kernels.multiply_rows)
     if x.size == x.shape[-1]:
         return _multiply_in_parts if weight.shape[0] % _NUM_PARTS == 0 else jnp.matmul
     return _multiply_turned_factor if x.dtype == jnp.float32 and x.size > 2 * x.shape[-1] else jnp.matmul

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domino_jax.ops import few_rows
+from domino_jax.ops import cpu_kernels
 from domino_jax.ops.products import multiply, multiply_turned
 
 ON_A_CPU = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a CPU's program")
@@ -21,7 +21,7 @@ def with_and_without_kernels(request, monkeypatch):
 
 def leave_to_xla(monkeypatch):
     """Make products as they are made where there is no compiler."""
-    monkeypatch.setattr(few_rows, "has_kernels", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "has_kernels", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_single_row_is_multiplied_in_parts(monkeypatch):
 
 
 @ON_A_CPU
-def test_few_rows_are_kept_from_the_library_that_packs_weights(monkeypatch):
+def test_cpu_kernels_are_kept_from_the_library_that_packs_weights(monkeypatch):
     leave_to_xla(monkeypatch)
     if "ynn_fusion" not in jax.jit(jnp.matmul).lower(draw(8, 64), draw(64, 512)).compile().as_text():
         pytest.skip("this XLA gives the library nothing")

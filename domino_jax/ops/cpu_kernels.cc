@@ -1,14 +1,15 @@
-// Products of a few rows with a weight, for CPUs: the weight is read once, where and in the order it lies.
+// What few rows need of a CPU: products with a weight, and attention over a cache. Both take as long as the weight or the
+// cache takes to read, where nothing packs it first and nothing waits for it. So every kernel here walks once through
+// what is large, where and in the order it lies, asks for what comes next (prefetch), and keeps the rows near.
 //
-// A product of few rows takes as long as its weight takes to read, where nothing packs it first, and nothing waits for
-// it. So every kernel here walks through the weight and asks for what comes next (prefetch), and the few rows stay in
-// the nearest caches. Work is cut into parts by the weight's shape alone, each part sums up in one sequence, and parts
-// are added in theirs: what a row becomes depends neither on the rows beside it nor on threads.
+// Work is cut into parts by shapes alone, each part sums up in one sequence, and parts are added in theirs: no result
+// depends on threads.
 //
-// Compiled by domino_jax/ops/few_rows.py on the machine it runs on; the interface is XLA's FFI (jax.ffi).
+// Compiled by domino_jax/ops/cpu_kernels.py on the machine it runs on; the interface is XLA's FFI (jax.ffi).
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
@@ -36,6 +37,8 @@ constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power o
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
 constexpr int64_t kTurnedRows = 24;       // rows of it that stay near while several groups of rows are multiplied
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
+constexpr int64_t kChunk = 256;            // positions that are attended to at a time
+constexpr float kSmallest = -126.0f;       // exponents below it are taken for 0
 constexpr int kNarrow = 8;                // rows that share one vector in products with turned weights
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -65,10 +68,17 @@ void run_parts(ffi::ThreadPool& pool, int64_t num_parts, bool is_shared, const W
   }
 }
 
-// sums += x[:, i : i + U] @ weight[i : i + U, :] for R rows; x and weight point at i. Sums lie as [blocks, R, kBlock]: one
-// stream, whatever the stride of the weight's rows.
+// Scratch memory of a thread. Vectors at addresses that are no multiple of theirs take two accesses.
+float* get_scratch(int64_t size) {
+  thread_local std::vector<float> memory;
+  if (memory.size() < static_cast<size_t>(size) + 16) memory.resize(size + 16);
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+}
+
+// sums += x[:, :U] @ weight[:U, :num_out] for R rows. Sums lie as [blocks, R, kBlock]: one stream, whatever the strides.
 template <int R, int U>
-void add_step(const float* x, int64_t x_stride, const float* weight, int64_t num_out, float* sums) {
+void add_step(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, int64_t num_out,
+              float* sums) {
   float factors[R][U];
   for (int r = 0; r < R; ++r)
     for (int u = 0; u < U; ++u) factors[r][u] = x[r * x_stride + u];
@@ -92,11 +102,11 @@ void add_step(const float* x, int64_t x_stride, const float* weight, int64_t num
   for (; o + kBlock <= num_out; o += kBlock) {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      const float* row = weight + u * num_out + o;
+      const float* row = weight + u * weight_stride + o;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         w[u][v] = reinterpret_cast<const Lanes*>(row)[v];
-        __builtin_prefetch(row + kAhead * U * num_out + v * kLanes, 0, 2);
+        __builtin_prefetch(row + kAhead * U * weight_stride + v * kLanes, 0, 2);
       }
     }
     add();
@@ -104,12 +114,12 @@ void add_step(const float* x, int64_t x_stride, const float* weight, int64_t num
   if (o == num_out) return;
   for (int u = 0; u < U; ++u) {
     std::memset(w[u], 0, sizeof(w[u]));
-    std::memcpy(w[u], weight + u * num_out + o, (num_out - o) * sizeof(float));
+    std::memcpy(w[u], weight + u * weight_stride + o, (num_out - o) * sizeof(float));
   }
   add();
 }
 
-using AddStep = void (*)(const float*, int64_t, const float*, int64_t, float*);
+using AddStep = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*);
 
 template <int U, int... R>
 AddStep choose(int64_t num_rows, std::integer_sequence<int, R...>) {
@@ -117,14 +127,18 @@ AddStep choose(int64_t num_rows, std::integer_sequence<int, R...>) {
   return steps[num_rows - 1];
 }
 
+template <int U>
+AddStep choose(int64_t num_rows) {
+  return choose<U>(num_rows, std::make_integer_sequence<int, kMaxRows>());
+}
+
 // sums = x[:, first : last] @ weight[first : last, :] for at most kMaxRows rows
 void multiply_part(const float* x, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, int64_t first,
                    int64_t last, float* sums) {
-  constexpr auto all = std::make_integer_sequence<int, kMaxRows>();
-  const AddStep step = choose<kUnroll>(num_rows, all), one = choose<1>(num_rows, all);
+  const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
   int64_t i = first;
-  for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out, num_out, sums);
-  for (; i < last; ++i) one(x + i, num_in, weight + i * num_out, num_out, sums);
+  for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out, num_out, num_out, sums);
+  for (; i < last; ++i) one(x + i, num_in, weight + i * num_out, num_out, num_out, sums);
 }
 
 ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
@@ -136,9 +150,7 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
   const int64_t size = num_rows * num_blocks * kBlock;
-  thread_local std::vector<float> scratch;
-  if (scratch.size() < static_cast<size_t>(num_parts * size)) scratch.resize(num_parts * size);
-  float* const sums = scratch.data();
+  float* const sums = get_scratch(num_parts * size);
   const float* const rows = x.typed_data();
   const float* const numbers = weight.typed_data();
   run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
@@ -209,9 +221,8 @@ ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
   if (weight.dimensions()[1] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [out, in] differ");
   const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
   auto num_vectors = [=](int64_t group) { return num_rows - group * kMaxRows > kNarrow ? 2 : 1; };
-  thread_local std::vector<float> scratch;
-  scratch.assign(num_groups * kMaxRows * num_in, 0.0f);
-  float* const packed = scratch.data();
+  float* const packed = get_scratch(num_groups * kMaxRows * num_in);
+  std::memset(packed, 0, num_groups * kMaxRows * num_in * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t group = row / kMaxRows, width = kNarrow * num_vectors(group);
     float* place = packed + group * kMaxRows * num_in + row % kMaxRows;
@@ -233,6 +244,126 @@ ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
   return ffi::Error::Success();
 }
 
+// 2^x for x <= 0 that is above the smallest exponent: the series of its fraction, then its whole part as an exponent.
+Lanes exp2(Lanes x) {
+  typedef int32_t Whole __attribute__((vector_size(kLanes * sizeof(int32_t)), aligned(sizeof(float)), may_alias));
+  const float to_whole = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number
+  const Lanes shifted = x + to_whole;
+  const Lanes f = x - (shifted - to_whole);
+  Lanes sum = f * 1.5252733804e-5f + 1.5403530393e-4f;
+  sum = sum * f + 1.3333558146e-3f;
+  sum = sum * f + 9.6181291076e-3f;
+  sum = sum * f + 5.5504108665e-2f;
+  sum = sum * f + 2.4022650696e-1f;
+  sum = sum * f + 6.9314718056e-1f;
+  sum = sum * f + 1.0f;
+  return reinterpret_cast<Lanes>(reinterpret_cast<Whole>(sum) + (reinterpret_cast<Whole>(shifted) << 23));
+}
+
+// Attention of at most kMaxRows queries [R, H] of one key/value head, row r over the first limits[r] positions of keys
+// [H, S] and values [S, H]; positions are read a chunk at a time, and what was summed up is scaled as maxima grow.
+struct Rows {
+  int64_t num_rows, head_dim, num_positions;
+  const float *queries, *keys, *values;  // queries scaled by log2(e) / sqrt(H)
+  int64_t limits[kMaxRows];
+  float* out[kMaxRows];
+};
+
+void attend_part(const Rows& rows, float* scratch) {
+  const int64_t num_rows = rows.num_rows, head_dim = rows.head_dim;
+  const int64_t num_blocks = (head_dim + kBlock - 1) / kBlock;
+  float* const scores = scratch;  // [blocks, R, kBlock], then weights
+  float* const mixed = scores + kChunk * num_rows;
+  std::memset(mixed, 0, num_blocks * kBlock * num_rows * sizeof(float));
+  float largest[kMaxRows], total[kMaxRows] = {};
+  std::fill(largest, largest + kMaxRows, -INFINITY);
+  const int64_t length = *std::max_element(rows.limits, rows.limits + num_rows);
+  const AddStep score = choose<kUnroll>(num_rows), score_one = choose<1>(num_rows), mix_one = score_one, mix = score;
+  for (int64_t first = 0; first < length; first += kChunk) {
+    const int64_t width = std::min(kChunk, length - first), num_score_blocks = (width + kBlock - 1) / kBlock;
+    std::memset(scores, 0, num_score_blocks * kBlock * num_rows * sizeof(float));
+    int64_t h = 0;
+    for (; h + kUnroll <= head_dim; h += kUnroll)
+      score(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width, scores);
+    for (; h < head_dim; ++h)
+      score_one(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width,
+                scores);
+    for (int64_t r = 0; r < num_rows; ++r) {
+      const int64_t seen = std::min(rows.limits[r] - first, width);  // may be none
+      float* const own = scores + r * kBlock;
+      auto place = [&](int64_t s) -> float& { return own[s / kBlock * num_rows * kBlock + s % kBlock]; };
+      for (int64_t s = std::max<int64_t>(seen, 0); s < num_score_blocks * kBlock; ++s) place(s) = -INFINITY;
+      if (seen <= 0) {
+        for (int64_t s = 0; s < num_score_blocks * kBlock; ++s) place(s) = 0.0f;
+        continue;
+      }
+      Lanes most = Lanes{} - INFINITY;
+      for (int64_t s = 0; s < num_score_blocks * kBlock; s += kLanes) {
+        const Lanes here = *reinterpret_cast<Lanes*>(&place(s));
+        most = here > most ? here : most;
+      }
+      float now = largest[r];
+      for (int lane = 0; lane < kLanes; ++lane) now = std::max(now, most[lane]);
+      const float scale = std::exp2(largest[r] - now);
+      Lanes sum = {};
+      for (int64_t s = 0; s < num_score_blocks * kBlock; s += kLanes) {
+        Lanes* here = reinterpret_cast<Lanes*>(&place(s));
+        const Lanes x = *here - now;
+        *here = x > kSmallest ? exp2(x) : Lanes{};
+        sum += *here;
+      }
+      total[r] *= scale;
+      for (int lane = 0; lane < kLanes; ++lane) total[r] += sum[lane];
+      largest[r] = now;
+      if (scale != 1.0f)
+        for (int64_t block = 0; block < num_blocks; ++block)
+          for (int64_t o = 0; o < kBlock; ++o) mixed[(block * num_rows + r) * kBlock + o] *= scale;
+    }
+    const float* values = rows.values + first * head_dim;
+    int64_t s = 0;
+    for (; s + kUnroll <= width; s += kUnroll)
+      mix(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim, mixed);
+    for (; s < width; ++s)
+      mix_one(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim,
+              mixed);
+  }
+  for (int64_t r = 0; r < num_rows; ++r)
+    for (int64_t o = 0; o < head_dim; ++o)
+      rows.out[r][o] = mixed[(o / kBlock * num_rows + r) * kBlock + o % kBlock] / total[r];
+}
+
+ffi::Error attend_cached(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ffi::Buffer<ffi::F32> keys,
+                         ffi::Buffer<ffi::F32> values, ffi::Buffer<ffi::S32> start, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t batch = queries.dimensions()[0], num_tokens = queries.dimensions()[1];
+  const int64_t num_heads = queries.dimensions()[2], head_dim = queries.dimensions()[3];
+  const int64_t num_kv = keys.dimensions()[1], num_positions = keys.dimensions()[3];
+  const int64_t num_groups = num_heads / num_kv, all = num_groups * num_tokens;
+  const int64_t num_parts = (all + kMaxRows - 1) / kMaxRows;
+  const float factor = 1.44269504089f / std::sqrt(static_cast<float>(head_dim));
+  int64_t read = 0;
+  for (int64_t b = 0; b < batch; ++b) read += (start.typed_data()[b] + num_tokens) * num_kv * head_dim;
+  run_parts(pool, batch * num_kv * num_parts, read * num_parts >= kShared, [&](int64_t part) {
+    const int64_t b = part / (num_kv * num_parts), k = part / num_parts % num_kv, row = part % num_parts * kMaxRows;
+    Rows rows;
+    rows.num_rows = std::min<int64_t>(kMaxRows, all - row);
+    rows.head_dim = head_dim;
+    rows.num_positions = num_positions;
+    float* const scaled = get_scratch(kMaxRows * (2 * head_dim + kBlock + kChunk));
+    for (int64_t r = 0; r < rows.num_rows; ++r) {
+      const int64_t token = (row + r) / num_groups, head = k * num_groups + (row + r) % num_groups;
+      const int64_t place = ((b * num_tokens + token) * num_heads + head) * head_dim;
+      for (int64_t h = 0; h < head_dim; ++h) scaled[r * head_dim + h] = queries.typed_data()[place + h] * factor;
+      rows.limits[r] = std::clamp<int64_t>(start.typed_data()[b] + token + 1, 1, num_positions);
+      rows.out[r] = out->typed_data() + place;
+    }
+    rows.queries = scaled;
+    rows.keys = keys.typed_data() + (b * num_kv + k) * head_dim * num_positions;
+    rows.values = values.typed_data() + (b * num_kv + k) * head_dim * num_positions;
+    attend_part(rows, scaled + kMaxRows * head_dim);
+  });
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MultiplyRows, multiply_rows,
@@ -247,4 +378,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MultiplyTurnedRows, multiply_turned_rows,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendCached, attend_cached,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());

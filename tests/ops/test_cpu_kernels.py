@@ -1,4 +1,4 @@
-"""Kernels for products of few rows: against numpy in 64 bits, in programs, and where they cannot be compiled."""
+"""Kernels of a CPU against numpy in 64 bits, in programs, and where they cannot be compiled."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from domino_jax.ops import few_rows
+from domino_jax.ops import cpu_kernels
 from domino_jax.ops.products import multiply, multiply_turned
 
 KERNELS = [
-    pytest.param(few_rows.multiply_rows, False, id="multiply_rows"),
-    pytest.param(few_rows.multiply_turned_rows, True, id="multiply_turned_rows"),
+    pytest.param(cpu_kernels.multiply_rows, False, id="multiply_rows"),
+    pytest.param(cpu_kernels.multiply_turned_rows, True, id="multiply_turned_rows"),
 ]
 # Widths that fill no vector, no step and no part, and one of several parts each way.
 SIZES = [(1, 1), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
@@ -23,7 +23,7 @@ SIZES = [(1, 1), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    if jax.default_backend() != "cpu" or not few_rows.has_kernels():
+    if jax.default_backend() != "cpu" or not cpu_kernels.has_kernels():
         pytest.skip("no CPU or no C++ compiler")
 
 
@@ -90,11 +90,70 @@ def test_derivatives(kernel, is_turned):
     np.testing.assert_allclose(forward, expected, rtol=1e-4, atol=1e-4)
 
 
+def draw_cache(num_rows, num_tokens, num_heads, num_kv, head_dim, num_positions):
+    """Return queries, a cache and where each row's tokens start; what lies after them is no number."""
+    queries = draw(num_rows, num_tokens, num_heads, head_dim) * 2
+    keys = draw(num_rows, num_kv, head_dim, num_positions, seed=1)
+    values = draw(num_rows, num_kv, num_positions, head_dim, seed=2)
+    last = num_positions - num_tokens
+    start = np.asarray([last * i // max(num_rows - 1, 1) for i in range(num_rows)], np.int32)
+    for row, at in enumerate(start):
+        keys[row, :, :, at + num_tokens :] = np.nan
+        values[row, :, at + num_tokens :] = np.nan
+    return tuple(map(jnp.asarray, (queries, keys, values, start)))
+
+
+def attend_in_64_bits(queries, keys, values, start):
+    queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
+    out = np.empty(queries.shape)
+    per_group = queries.shape[2] // keys.shape[1]
+    for b, t, n in np.ndindex(queries.shape[:3]):
+        seen = int(start[b]) + t + 1
+        scores = queries[b, t, n] @ keys[b, n // per_group, :, :seen] / queries.shape[-1] ** 0.5
+        weights = np.exp(scores - scores.max())
+        out[b, t, n] = weights @ values[b, n // per_group, :seen] / weights.sum()
+    return out
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 1, 1),
+        (1, 1, 4, 2, 64, 256),  # a plain step; a chunk of positions, full
+        (1, 8, 10, 2, 64, 700),  # a verify pass; groups of rows and chunks that are not full
+        (3, 17, 6, 3, 33, 300),
+        (2, 32, 8, 1, 128, 600),
+        (4, 1, 2, 2, 5, 9),
+    ],
+)
+def test_attention(shape):
+    inputs = draw_cache(*shape)
+    got = jax.jit(cpu_kernels.attend_cached)(*inputs)
+    np.testing.assert_allclose(got, attend_in_64_bits(*inputs), rtol=1e-5, atol=2e-5)
+
+
+def test_attention_of_scores_far_apart():
+    queries, keys, values, start = draw_cache(2, 8, 4, 2, 64, 800)
+    inputs = queries * 200, keys, values, start
+    np.testing.assert_allclose(cpu_kernels.attend_cached(*inputs), attend_in_64_bits(*inputs), rtol=1e-4, atol=1e-3)
+
+
+def test_query_that_is_no_number_stays_in_its_row():
+    queries, keys, values, start = draw_cache(2, 4, 4, 2, 64, 300)
+    got = np.array(cpu_kernels.attend_cached(queries.at[1, 2, 3, 5].set(jnp.nan), keys, values, start))
+    assert np.isnan(got[1, 2, 3]).all()
+    expected = attend_in_64_bits(queries, keys, values, start)
+    got[1, 2, 3] = expected[1, 2, 3]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
 def test_factors_that_do_not_fit_are_refused(kernel, is_turned):
     x, weight, _ = draw_factors(3, 20, 11, is_turned)
     with pytest.raises(Exception, match="differ"):
-        few_rows._call("MultiplyTurnedRows" if is_turned else "MultiplyRows", x[:, 1:], weight, 11).block_until_ready()
+        cpu_kernels._call(
+            "MultiplyTurnedRows" if is_turned else "MultiplyRows", (3, 11), x[:, 1:], weight
+        ).block_until_ready()
 
 
 def test_programs_have_them():
@@ -114,9 +173,10 @@ def test_programs_have_them():
 
 RUN = """
 import numpy as np, jax
-from domino_jax.ops import few_rows
+from domino_jax.ops import cpu_kernels
 from domino_jax.ops.products import multiply
-print(few_rows.has_kernels(), float(jax.jit(multiply)(np.ones((2, 8), np.float32), np.ones((8, 4), np.float32)).sum()))
+product = jax.jit(multiply)(np.ones((2, 8), np.float32), np.ones((8, 4), np.float32))
+print(cpu_kernels.has_kernels(), float(product.sum()))
 """
 
 

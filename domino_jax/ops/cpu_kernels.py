@@ -1,8 +1,8 @@
-"""Products of a few rows on a CPU, by kernels that read the weight once and pack nothing (`few_rows.cc`).
+"""Products of a few rows and attention of a few tokens on a CPU, by kernels of our own (`cpu_kernels.cc`).
 
-In: float32 rows and a weight that lies on one device. Out: their product. The machine's own C++ compiler makes the
-kernels when they are first needed, for the CPU at hand, and they are kept in the user's cache folder. Where there is no
-compiler nothing fails: `has_kernels` says so, and products stay with XLA.
+In: float32 rows, and a weight or a cache that lies on one device. Out: what XLA would give, without packing what is
+large. The machine's own C++ compiler makes the kernels when they are first needed, for the CPU at hand, and they stay in
+the user's cache folder. Where there is no compiler nothing fails: `has_kernels` says so, and all stays with XLA.
 
 Source: XLA's foreign function interface as `jax.ffi` describes it.
 """
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
-from domino_jax.shapes import Array, Float
+from domino_jax.shapes import Array, Float, Int
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _SWITCH = "DOMINO_JAX_KERNELS"
@@ -32,7 +32,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def has_kernels() -> bool:
-    """Return whether products of a few rows can be made by the kernels; the first call may compile them (seconds).
+    """Return whether there are kernels; the first call may compile them (seconds).
 
     Raises:
         ValueError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
@@ -50,9 +50,22 @@ def multiply_turned_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) ->
     return _multiply_turned_rows(x, weight)
 
 
+def attend_cached(
+    queries: Float[Array, "B T N H"],
+    keys: Float[Array, "B K H S"],
+    values: Float[Array, "B K S H"],
+    start: Int[Array, " B"],
+) -> Float[Array, "B T N H"]:
+    """Return grouped-query attention of tokens at positions `start ..` over a float32 cache that holds them already.
+
+    Token t sees the positions up to `start + t`; what lies after `start + T` is not read. For a CPU that `has_kernels`.
+    """
+    return _call("AttendCached", queries.shape, queries, keys, values, start)
+
+
 @jax.custom_jvp
 def _multiply_rows(x: Array, weight: Array) -> Array:
-    return _call("MultiplyRows", x, weight, weight.shape[1])
+    return _call("MultiplyRows", (x.shape[0], weight.shape[1]), x, weight)
 
 
 @_multiply_rows.defjvp
@@ -63,7 +76,7 @@ def _multiply_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Arra
 
 @jax.custom_jvp
 def _multiply_turned_rows(x: Array, weight: Array) -> Array:
-    return _call("MultiplyTurnedRows", x, weight, weight.shape[0])
+    return _call("MultiplyTurnedRows", (x.shape[0], weight.shape[0]), x, weight)
 
 
 @_multiply_turned_rows.defjvp
@@ -72,10 +85,9 @@ def _multiply_turned_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Arra
     return _multiply_turned_rows(x, weight), x_dot @ weight.T + x @ weight_dot.T
 
 
-def _call(kernel: str, x: Array, weight: Array, num_out: int) -> Array:
-    name = f"{_register()}.{kernel}"
-    out = jax.ShapeDtypeStruct((x.shape[0], num_out), jnp.float32)
-    return jax.ffi.ffi_call(name, out, vmap_method="sequential")(x, weight)
+def _call(kernel: str, shape: tuple[int, ...], *inputs: Array) -> Array:
+    out = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.ffi.ffi_call(f"{_register()}.{kernel}", out, vmap_method="sequential")(*inputs)
 
 
 @functools.cache
@@ -92,14 +104,14 @@ def _register() -> str | None:
     except (OSError, subprocess.SubprocessError) as error:
         detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         _LOGGER.warning(
-            "products of few rows are left to XLA, verify passes on this CPU take up to twice as long: %s "
+            "few rows are left to XLA, verify passes on this CPU take up to twice as long: %s "
             "(%s=0 keeps it so without this line)",
             detail[-1] if detail else type(error).__name__,
             _SWITCH,
         )
         return None
     name = f"domino_jax.{key}"
-    for kernel in ("MultiplyRows", "MultiplyTurnedRows"):
+    for kernel in ("MultiplyRows", "MultiplyTurnedRows", "AttendCached"):
         jax.ffi.register_ffi_target(f"{name}.{kernel}", jax.ffi.pycapsule(getattr(library, kernel)), platform="cpu")
     return name
 
@@ -116,7 +128,7 @@ def _identify() -> str:
 
 def _load(key: str) -> ctypes.CDLL:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
-    file = folder / f"few_rows-{key}.so"
+    file = folder / f"cpu_kernels-{key}.so"
     if file.exists():
         return ctypes.CDLL(str(file))
     try:
