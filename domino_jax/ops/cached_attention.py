@@ -18,9 +18,6 @@ from domino_jax.ops.attention import attend, attend_beside_context
 from domino_jax.ops.kv_cache import KVCache, finite_or_zero, write_layer, write_layers
 from domino_jax.shapes import Array, Float, Int
 
-_FEW_TOKENS = 32
-"""Tokens a row that a CPU attends to the cache with by a kernel of our own, where there is one."""
-
 
 def attend_cached(
     own: KVCache,
@@ -36,7 +33,7 @@ def attend_cached(
     as `write_layer` stores them.
     """
     by_platform = {"tpu": attend_beside}
-    if _suits_kernel(queries, own):
+    if queries.dtype == own.keys[0].dtype == jnp.float32 and cpu_kernels.has_kernels():
         by_platform["cpu"] = _write_then_attend_by_kernel
     return jax.lax.platform_dependent(own, queries, keys, values, start, default=write_then_attend, **by_platform)
 
@@ -69,13 +66,6 @@ def write_then_attend(own: KVCache, queries: Array, keys: Array, values: Array, 
     positions = start[:, None] + jnp.arange(queries.shape[1])
     attend_mask = jnp.arange(own.num_positions) <= positions[..., None]
     return own, attend(queries, own.keys[0], own.values[0], attend_mask)
-
-
-def _suits_kernel(queries: Array, own: KVCache) -> bool:
-    if queries.shape[1] > _FEW_TOKENS or not jax.sharding.get_abstract_mesh().empty:
-        return False
-    is_float32 = queries.dtype == own.keys[0].dtype == own.values[0].dtype == jnp.float32
-    return is_float32 and jax.default_backend() == "cpu" and cpu_kernels.has_kernels()
 
 
 def _write_then_attend_by_kernel(

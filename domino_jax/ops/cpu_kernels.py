@@ -1,8 +1,8 @@
 """Products of a few rows and attention of a few tokens on a CPU, by kernels of our own (`cpu_kernels.cc`).
 
 In: float32 rows, and a weight or a cache that lies on one device. Out: what XLA would give, without packing what is
-large. The machine's own C++ compiler makes the kernels when they are first needed, for the CPU at hand, and they stay in
-the user's cache folder. Where there is no compiler nothing fails: `has_kernels` says so, and all stays with XLA.
+large. The machine's own C++ compiler makes the kernels when they are first needed, for the CPU at hand; they are kept
+in the user's cache folder. Where there is no compiler nothing fails: `has_kernels` says so, and all stays with XLA.
 
 Source: XLA's foreign function interface as `jax.ffi` describes it.
 """
@@ -32,12 +32,15 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def has_kernels() -> bool:
-    """Return whether there are kernels; the first call may compile them (seconds).
+    """Return whether what is traced now may use the kernels; the first call may compile them (seconds).
+
+    Not on a host of accelerators, and not where devices share arrays: each would need what lies on another.
 
     Raises:
         ValueError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
     """
-    return _register() is not None
+    is_alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
+    return is_alone and _register() is not None
 
 
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:

@@ -74,9 +74,7 @@ def _multiply_turned_rows(x: Array, weight: Array) -> Array:
 
 
 def _has_kernels_for(x: Array, weight: Array) -> bool:
-    # Kernels are compiled where a program for a CPU is traced, not on a host of accelerators.
-    is_float32 = x.dtype == weight.dtype == jnp.float32
-    return is_float32 and jax.default_backend() == "cpu" and cpu_kernels.has_kernels()
+    return x.dtype == weight.dtype == jnp.float32 and cpu_kernels.has_kernels()
 
 
 def _by_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
