@@ -28,7 +28,7 @@ from domino_jax.evaluation import anatomy
 from domino_jax.ops import cpu_kernels
 from domino_jax.runs import options
 
-MANNERS = {"XLA": lambda: False, "kernels": cpu_kernels.has_kernels}
+MANNERS = {"XLA": lambda dtype: False, "kernels": cpu_kernels.has_kernels_for}
 NUM_STEPS = 32
 
 
@@ -88,8 +88,8 @@ def compile_manner(decoder: Decoder, block: int, args: argparse.Namespace) -> di
 def measure_block(decoder: Decoder, block: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row a manner."""
     timers: dict[str, dict[str, Callable[[], float]]] = {}
-    for manner, has_kernels in MANNERS.items():
-        cpu_kernels.has_kernels = has_kernels
+    for manner, has_kernels_for in MANNERS.items():
+        cpu_kernels.has_kernels_for = has_kernels_for
         timers[manner] = compile_manner(decoder, block, args)
     seconds: dict[str, dict[str, list[float]]] = {manner: {} for manner in MANNERS}
     for _ in range(1 + args.repeats):
@@ -106,7 +106,7 @@ def measure_block(decoder: Decoder, block: int, args: argparse.Namespace) -> lis
 def main() -> None:
     """Measure every block size and add its rows to the output."""
     args = parse_arguments()
-    if not cpu_kernels.has_kernels():
+    if not cpu_kernels.has_kernels_for("float32"):
         raise SystemExit("there are no kernels to compare with on this machine")
     target_config, target_params = load_target(args.target, "float32")
     draft = load_draft(args.draft, "float32")

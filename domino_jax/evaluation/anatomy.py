@@ -31,6 +31,7 @@ from domino_jax.decoding.speculative import (
     write_features,
 )
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
+from domino_jax.ops import cpu_kernels
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.shapes import Array, Float, Int
@@ -77,6 +78,7 @@ class PhaseCost:
             "dtype": settings.dtype,
             "num_candidates": settings.num_candidates,
             "draft_vocab_size": settings.draft_vocab_size,
+            "cpu_kernels": cpu_kernels.has_kernels_for(settings.dtype),
             "device": jax.devices()[0].device_kind,
         }
 

@@ -20,6 +20,7 @@ from domino_jax.decoding.generate import Decoder
 from domino_jax.evaluation.metrics import Row, decoded_tokens
 from domino_jax.evaluation.prompts import Prompt, PromptError
 from domino_jax.models.qwen3 import Qwen3
+from domino_jax.ops import cpu_kernels
 from domino_jax.records import Generation
 
 ROW_FIELDS = {
@@ -45,6 +46,7 @@ ROW_FIELDS = {
     "target": "the target as it was named",
     "draft": "the drafter as it was named; null without one",
     "dtype": "type of weights, activations and caches",
+    "cpu_kernels": "whether there were kernels for few rows and tokens, see docs/performance.md; false off a CPU",
     "mesh": "devices by axis, data and model; null on one device",
     "rule": "acceptance above temperature 0: seed-exact or rejection",
     "block_size": "slots of a block; 1 is plain decoding",
@@ -210,6 +212,7 @@ def shared_fields(decoder: Decoder, settings: BenchmarkSettings) -> Row:
         "target": settings.target,
         "draft": settings.draft,
         "dtype": decoder.settings.dtype,
+        "cpu_kernels": decoder.layout is None and cpu_kernels.has_kernels_for(decoder.settings.dtype),
         "mesh": dict(decoder.layout.mesh.shape) if decoder.layout else None,
         "rule": settings.rule,
         "block_size": 1 if draft is None else settings.block_size or max(settings.verify_widths or (draft.block_size,)),

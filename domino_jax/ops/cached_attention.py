@@ -33,7 +33,7 @@ def attend_cached(
     as `write_layer` stores them.
     """
     by_platform = {"tpu": attend_beside}
-    if queries.dtype == own.keys[0].dtype == jnp.float32 and cpu_kernels.has_kernels():
+    if queries.dtype == own.keys[0].dtype and cpu_kernels.has_kernels_for(queries.dtype):
         by_platform["cpu"] = _write_then_attend_by_kernel
     return jax.lax.platform_dependent(own, queries, keys, values, start, default=write_then_attend, **by_platform)
 

@@ -2,7 +2,7 @@
 
 In: float32 rows, and a weight or a cache that lies on one device. Out: what XLA would give, without packing what is
 large. The machine's own C++ compiler makes the kernels when they are first needed, for the CPU at hand; they are kept
-in the user's cache folder. Where there is no compiler nothing fails: `has_kernels` says so, and all stays with XLA.
+in the user's cache folder. Where there is no compiler nothing fails: `has_kernels_for` says so, and all stays with XLA.
 
 Source: XLA's foreign function interface as `jax.ffi` describes it.
 """
@@ -31,25 +31,26 @@ _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _LOGGER = logging.getLogger(__name__)
 
 
-def has_kernels() -> bool:
-    """Return whether what is traced now may use the kernels; the first call may compile them (seconds).
+def has_kernels_for(dtype: str | jnp.dtype) -> bool:
+    """Return whether what is traced now may use the kernels for numbers of a type; the first call may compile them.
 
     Not on a host of accelerators, and not where devices share arrays: each would need what lies on another.
 
     Raises:
         ValueError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
     """
-    is_alone = jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty
-    return is_alone and _register() is not None
+    if jnp.dtype(dtype) != jnp.float32 or jax.default_backend() != "cpu":
+        return False
+    return jax.sharding.get_abstract_mesh().empty and _register() is not None
 
 
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
-    """Return `x @ weight`, both float32, on a CPU that `has_kernels`; meant for up to 32 rows."""
+    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 32 rows."""
     return _multiply_rows(x, weight)
 
 
 def multiply_turned_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """Return `x @ weight.T`, both float32, on a CPU that `has_kernels`; meant for up to 16 rows."""
+    """Return `x @ weight.T`, both float32, on a CPU that has kernels; meant for up to 16 rows."""
     return _multiply_turned_rows(x, weight)
 
 
@@ -61,7 +62,7 @@ def attend_cached(
 ) -> Float[Array, "B T N H"]:
     """Return grouped-query attention of tokens at positions `start ..` over a float32 cache that holds them already.
 
-    Token t sees the positions up to `start + t`; what lies after `start + T` is not read. For a CPU that `has_kernels`.
+    Token t sees the positions up to `start + t`; what lies after `start + T` is not read. For a CPU that has kernels.
     """
     return _call("AttendCached", queries.shape, queries, keys, values, start)
 

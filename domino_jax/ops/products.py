@@ -74,7 +74,7 @@ def _multiply_turned_rows(x: Array, weight: Array) -> Array:
 
 
 def _has_kernels_for(x: Array, weight: Array) -> bool:
-    return x.dtype == weight.dtype == jnp.float32 and cpu_kernels.has_kernels()
+    return x.dtype == weight.dtype and cpu_kernels.has_kernels_for(x.dtype)
 
 
 def _by_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:

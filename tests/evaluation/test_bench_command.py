@@ -13,6 +13,7 @@ from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.evaluation.benchmark import ROW_FIELDS
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.ops import cpu_kernels
 from scripts import calibrate_survival, choose_draft_vocabulary
 
 BUDGET, BLOCK, CONTEXT = 8, 4, 64
@@ -124,6 +125,7 @@ def test_the_three_forms_and_the_settings(run, material):
         "target": str(material / "target"),
         "draft": str(material / "draft"),
         "dtype": "float32",
+        "cpu_kernels": cpu_kernels.has_kernels_for("float32"),
         "mesh": None,
         "rule": "seed-exact",
         "block_size": BLOCK,

@@ -21,7 +21,7 @@ def with_and_without_kernels(request, monkeypatch):
 
 def leave_to_xla(monkeypatch):
     """Make products as they are made where there is no compiler."""
-    monkeypatch.setattr(cpu_kernels, "has_kernels", lambda: False)
+    monkeypatch.setattr(cpu_kernels, "has_kernels_for", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)
