@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -29,6 +30,7 @@ _SWITCH = "DOMINO_JAX_KERNELS"
 _COMPILERS = ("c++", "g++", "clang++")
 _OPTIONS = ("-std=c++17", "-O3", "-ffp-contract=fast", "-fPIC", "-shared", "-w")
 _LOGGER = logging.getLogger(__name__)
+_LOCK = threading.Lock()
 
 
 def has_kernels_for(dtype: str | jnp.dtype) -> bool:
@@ -94,9 +96,14 @@ def _call(kernel: str, shape: tuple[int, ...], *inputs: Array) -> Array:
     return jax.ffi.ffi_call(f"{_register()}.{kernel}", out, vmap_method="sequential")(*inputs)
 
 
-@functools.cache
 def _register() -> str | None:
     """Register the kernels with XLA and return the first part of their names, or None where there are none."""
+    with _LOCK:  # programs are traced in several threads
+        return _register_once()
+
+
+@functools.cache
+def _register_once() -> str | None:
     switch = os.environ.get(_SWITCH, "1")
     if switch not in ("0", "1"):
         raise ValueError(f"{_SWITCH} is {switch!r}; allowed: 1 (kernels where they can be compiled), 0 (none)")
@@ -106,11 +113,12 @@ def _register() -> str | None:
     try:
         library = _load(key)
     except (OSError, subprocess.SubprocessError) as error:
-        detail = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
+        reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
         _LOGGER.warning(
             "few rows are left to XLA, verify passes on this CPU take up to twice as long: %s "
             "(%s=0 keeps it so without this line)",
-            detail[-1] if detail else type(error).__name__,
+            reason.strip(),
             _SWITCH,
         )
         return None
@@ -131,28 +139,35 @@ def _identify() -> str:
 
 
 def _load(key: str) -> ctypes.CDLL:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
-    file = folder / f"cpu_kernels-{key}.so"
-    if file.exists():
-        return ctypes.CDLL(str(file))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        place = folder if os.access(folder, os.W_OK) else None
-    except OSError:
-        place = None
-    with tempfile.TemporaryDirectory(dir=place) as scratch:
-        made = _compile(Path(scratch) / file.name)
-        if place is not None:
-            os.replace(made, file)  # whole or not at all, whoever else compiles it
-            made = file
+    """Load the kernels from the user's cache folder, or compile them, and keep them there where it can be written."""
+    name = f"cpu_kernels-{key}.so"
+    folder = _find_folder()
+    if folder is not None and (folder / name).exists():
+        try:
+            return ctypes.CDLL(str(folder / name))
+        except OSError:  # made on a host with another C library, or on a disk from which nothing may run
+            folder = None
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / name
+        _compile(made)
+        if folder is not None:
+            made = made.replace(folder / name)  # whole or not at all, whoever else compiles it
         return ctypes.CDLL(str(made))
 
 
-def _compile(output: Path) -> Path:
+def _find_folder() -> Path | None:
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+def _compile(output: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler was found ({', '.join(_COMPILERS)}, or the variable CXX)")
     for_this_cpu = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     command = [*compiler.split(), *_OPTIONS, for_this_cpu, "-I", jax.ffi.include_dir(), str(_SOURCE)]
     subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, text=True, timeout=300)
-    return output

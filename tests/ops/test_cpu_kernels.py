@@ -218,6 +218,13 @@ def test_compiled_once_and_kept(tmp_path):
     assert [file] == list((tmp_path / "domino_jax").iterdir())
 
 
+def test_kept_file_that_does_not_load_is_made_anew(tmp_path):
+    run_with(tmp_path)
+    (file,) = (tmp_path / "domino_jax").iterdir()
+    file.write_bytes(b"of another system")
+    assert run_with(tmp_path) == ("True 64.0", "")
+
+
 def test_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path):
     blocked = Path(tmp_path) / "file"
     blocked.write_text("")
