@@ -63,16 +63,30 @@ def write_after(cache: KVCache, entries: tuple, start: Array, x: Array) -> tuple
 def write_then_attend(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:
     """Return `attend_cached`; attention reads the cache as it was written."""
     own = write_layer(own, keys, values, start)
+    return own, _attend_written(queries, own.keys[0], own.values[0], start)
+
+
+def _attend_written(queries: Array, keys: Array, values: Array, start: Array) -> Array:
     positions = start[:, None] + jnp.arange(queries.shape[1])
-    attend_mask = jnp.arange(own.num_positions) <= positions[..., None]
-    return own, attend(queries, own.keys[0], own.values[0], attend_mask)
+    return attend(queries, keys, values, jnp.arange(keys.shape[3]) <= positions[..., None])
 
 
 def _write_then_attend_by_kernel(
     own: KVCache, queries: Array, keys: Array, values: Array, start: Array
 ) -> tuple[KVCache, Array]:
     own = write_layer(own, keys, values, start)
-    return own, cpu_kernels.attend_cached(queries, own.keys[0], own.values[0], start)
+    return own, _attend_by_kernel(queries, own.keys[0], own.values[0], start)
+
+
+@jax.custom_jvp
+def _attend_by_kernel(queries: Array, keys: Array, values: Array, start: Array) -> Array:
+    return cpu_kernels.attend_cached(queries, keys, values, start)
+
+
+@_attend_by_kernel.defjvp
+def _attend_by_kernel_jvp(primals: tuple, tangents: tuple) -> tuple[Array, Array]:
+    *factors, start = primals
+    return jax.jvp(lambda *factors: _attend_written(*factors, start), factors, list(tangents[:3]))
 
 
 def attend_beside(own: KVCache, queries: Array, keys: Array, values: Array, start: Array) -> tuple[KVCache, Array]:

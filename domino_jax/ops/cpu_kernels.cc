@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -34,6 +35,7 @@ constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
 constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
+constexpr int64_t kMaxSums = 1 << 17;     // sums of a row in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
 constexpr int64_t kTurnedRows = 24;       // rows of it that stay near while several groups of rows are multiplied
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
@@ -146,7 +148,7 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[1];
   if (weight.dimensions()[0] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
   int64_t num_parts = 1;
-  while (2 * num_parts <= std::min(num_in / kPartRows, kMaxParts)) num_parts *= 2;
+  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, kMaxSums / num_out})) num_parts *= 2;
   const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
   const int64_t size = num_rows * num_blocks * kBlock;
@@ -309,7 +311,7 @@ void attend_part(const Rows& rows, float* scratch) {
       for (int64_t s = 0; s < num_score_blocks * kBlock; s += kLanes) {
         Lanes* here = reinterpret_cast<Lanes*>(&place(s));
         const Lanes x = *here - now;
-        *here = x > kSmallest ? exp2(x) : Lanes{};
+        *here = x != x ? x : x > kSmallest ? exp2(x) : Lanes{};  // what is no number must not look like one
         sum += *here;
       }
       total[r] *= scale;
@@ -337,6 +339,14 @@ ffi::Error attend_cached(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
   const int64_t batch = queries.dimensions()[0], num_tokens = queries.dimensions()[1];
   const int64_t num_heads = queries.dimensions()[2], head_dim = queries.dimensions()[3];
   const int64_t num_kv = keys.dimensions()[1], num_positions = keys.dimensions()[3];
+  auto fits = [](auto dimensions, std::initializer_list<int64_t> expected) {
+    return std::equal(dimensions.begin(), dimensions.end(), expected.begin(), expected.end());
+  };
+  if (num_kv == 0 || num_heads % num_kv != 0 || num_positions == 0 ||
+      !fits(keys.dimensions(), {batch, num_kv, head_dim, num_positions}) ||
+      !fits(values.dimensions(), {batch, num_kv, num_positions, head_dim}) || !fits(start.dimensions(), {batch})) {
+    return ffi::Error::InvalidArgument("queries [B, T, N, H], keys [B, K, H, S], values [B, K, S, H] and start [B] differ");
+  }
   const int64_t num_groups = num_heads / num_kv, all = num_groups * num_tokens;
   const int64_t num_parts = (all + kMaxRows - 1) / kMaxRows;
   const float factor = 1.44269504089f / std::sqrt(static_cast<float>(head_dim));

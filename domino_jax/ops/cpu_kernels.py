@@ -7,6 +7,7 @@ in the user's cache folder. Where there is no compiler nothing fails: `has_kerne
 Source: XLA's foreign function interface as `jax.ffi` describes it.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -64,9 +65,10 @@ def attend_cached(
 ) -> Float[Array, "B T N H"]:
     """Return grouped-query attention of tokens at positions `start ..` over a float32 cache that holds them already.
 
-    Token t sees the positions up to `start + t`; what lies after `start + T` is not read. For a CPU that has kernels.
+    Token t sees the positions up to `start + t`; what lies after `start + T` is not read. For a CPU that has kernels;
+    without derivatives.
     """
-    return _call("AttendCached", queries.shape, queries, keys, values, start)
+    return _call("AttendCached", queries.shape, queries, keys, values, start.astype(jnp.int32))
 
 
 @jax.custom_jvp
@@ -109,16 +111,14 @@ def _register_once() -> str | None:
         raise ValueError(f"{_SWITCH} is {switch!r}; allowed: 1 (kernels where they can be compiled), 0 (none)")
     if switch == "0":
         return None
-    key = _identify()
     try:
-        library = _load(key)
+        key = _identify()
+        library = _load(f"cpu_kernels-{key}.so")
     except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).splitlines()
-        reason = next((line for line in lines if "error" in line), lines[0] if lines else type(error).__name__)
         _LOGGER.warning(
             "few rows are left to XLA, verify passes on this CPU take up to twice as long: %s "
             "(%s=0 keeps it so without this line)",
-            reason.strip(),
+            _find_reason(error),
             _SWITCH,
         )
         return None
@@ -128,40 +128,52 @@ def _register_once() -> str | None:
     return name
 
 
+def _find_reason(error: Exception) -> str:
+    """Return the line of a compiler's output that tells most, or the error itself."""
+    said = getattr(error, "stderr", None) or ""
+    lines = said.decode(errors="replace").splitlines() if isinstance(said, bytes) else said.splitlines()
+    return next((line.strip() for line in lines if "error" in line), lines[0].strip() if lines else str(error))
+
+
 def _identify() -> str:
-    """Return a name for what a compiled file depends on: the source, the interface and the CPU."""
-    cpu = platform.uname()._asdict()
+    """Return a name for what a compiled file depends on: source, options, interface, C library and CPU."""
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), cpu)
-    parts = (_SOURCE.read_text(), " ".join(_OPTIONS), jaxlib.__version__, platform.machine(), str(cpu))
+        cpu = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    else:
+        cpu = str(platform.uname())
+    versions = jaxlib.__version__, *platform.libc_ver(), platform.machine()
+    parts = _SOURCE.read_text(), " ".join(_OPTIONS), os.environ.get("CXX", ""), *versions, cpu
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _load(key: str) -> ctypes.CDLL:
+def _load(name: str) -> ctypes.CDLL:
     """Load the kernels from the user's cache folder, or compile them, and keep them there where it can be written."""
-    name = f"cpu_kernels-{key}.so"
     folder = _find_folder()
-    if folder is not None and (folder / name).exists():
-        try:
+    if folder is not None:
+        with contextlib.suppress(OSError):  # none is there, or none that this system runs
             return ctypes.CDLL(str(folder / name))
-        except OSError:  # made on a host with another C library, or on a disk from which nothing may run
-            folder = None
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         made = Path(scratch) / name
         _compile(made)
         if folder is not None:
-            made = made.replace(folder / name)  # whole or not at all, whoever else compiles it
+            with contextlib.suppress(OSError):  # it cannot be written: every process compiles
+                return ctypes.CDLL(str(_keep(made, folder)))
         return ctypes.CDLL(str(made))
+
+
+def _keep(made: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        copy = shutil.copyfile(made, Path(scratch) / made.name)
+        return copy.replace(folder / made.name)  # whole or not at all, whoever else compiles it
 
 
 def _find_folder() -> Path | None:
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: this user has no home
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "domino_jax"
+    except RuntimeError:  # this user has no home
         return None
-    return folder if os.access(folder, os.W_OK) else None
 
 
 def _compile(output: Path) -> None:
@@ -170,4 +182,4 @@ def _compile(output: Path) -> None:
         raise FileNotFoundError(f"no C++ compiler was found ({', '.join(_COMPILERS)}, or the variable CXX)")
     for_this_cpu = "-march=native" if platform.machine().lower() in ("x86_64", "amd64") else "-mcpu=native"
     command = [*compiler.split(), *_OPTIONS, for_this_cpu, "-I", jax.ffi.include_dir(), str(_SOURCE)]
-    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, text=True, timeout=300)
+    subprocess.run([*command, "-o", str(output)], check=True, capture_output=True, timeout=300)

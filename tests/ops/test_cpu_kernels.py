@@ -1,6 +1,7 @@
 """Kernels of a CPU against numpy in 64 bits, in programs, and where they cannot be compiled."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 import pytest
 
 from domino_jax.ops import cpu_kernels
+from domino_jax.ops.cached_attention import _attend_written, attend_cached, write_then_attend
+from domino_jax.ops.kv_cache import init_cache
 from domino_jax.ops.products import multiply, multiply_turned
 
 KERNELS = [
@@ -23,8 +26,17 @@ SIZES = [(1, 1), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
-    if not cpu_kernels.has_kernels_for("float32"):
-        pytest.skip("no CPU or no C++ compiler")
+    if jax.default_backend() != "cpu" or os.environ.get("DOMINO_JAX_KERNELS") == "0":
+        pytest.skip("not for kernels of a CPU")
+    if os.environ.get("CXX") is None and not any(map(shutil.which, cpu_kernels._COMPILERS)):
+        pytest.skip("no C++ compiler")
+    assert cpu_kernels.has_kernels_for("float32")
+
+
+@pytest.fixture
+def enable_x64():
+    with jax.enable_x64(True):
+        yield
 
 
 def draw(*shape, seed=0):
@@ -124,6 +136,7 @@ def attend_in_64_bits(queries, keys, values, start):
         (3, 17, 6, 3, 33, 300),
         (2, 32, 8, 1, 128, 600),
         (4, 1, 2, 2, 5, 9),
+        (40, 16, 1, 1, 8, 700),  # starts on both sides of a chunk's border: some rows of a group see nothing of a chunk
     ],
 )
 def test_attention(shape):
@@ -145,6 +158,35 @@ def test_query_that_is_no_number_stays_in_its_row():
     expected = attend_in_64_bits(queries, keys, values, start)
     got[1, 2, 3] = expected[1, 2, 3]
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [3, 259])  # in the first chunk of positions, in the second
+def test_key_that_is_no_number_shows_as_with_xla(bad, place):
+    queries, keys, values, start = draw_cache(1, 20, 2, 1, 16, 300)
+    inputs = queries, jnp.nan_to_num(keys).at[0, 0, :, place].set(bad), jnp.nan_to_num(values), start + 250
+    got, want = (np.asarray(f(*inputs)) for f in (cpu_kernels.attend_cached, _attend_written))
+    assert np.isnan(want).any()
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("enable_x64")
+def test_wide_starts():
+    queries, keys, values, start = draw_cache(2, 3, 2, 1, 16, 30)
+    got = jax.jit(cpu_kernels.attend_cached)(queries, keys, values, start.astype(jnp.int64))
+    np.testing.assert_allclose(got, attend_in_64_bits(queries, keys, values, start), rtol=1e-5, atol=2e-5)
+
+
+def test_caches_that_do_not_fit_are_refused():
+    queries, keys, values, start = draw_cache(2, 3, 4, 2, 16, 30)
+    for inputs in [
+        (queries[..., :8], keys, values, start),
+        (queries[:, :, :3], keys, values, start),
+        (queries, keys, values[:, :, :29], start),
+        (queries, keys, values, start[:1]),
+    ]:
+        with pytest.raises(Exception, match="differ"):
+            cpu_kernels._call("AttendCached", inputs[0].shape, *inputs).block_until_ready()
 
 
 @pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
@@ -187,6 +229,35 @@ def run_with(tmp_path, **environment):
     return done.stdout.strip(), done.stderr
 
 
+def write_and_attend():
+    """Return a cache of one layer and 4 tokens for each of its 2 rows."""
+    own = init_cache(1, 2, 2, 16, 40, jnp.dtype("float32"))
+    queries, keys, values = (jnp.asarray(draw(2, 4, n, 16, seed=n)) for n in (4, 2, 2))
+    return own, queries, keys, values, jnp.asarray([0, 20], jnp.int32)
+
+
+def test_attention_of_a_cache_has_it():
+    inputs = write_and_attend()
+    program = jax.jit(attend_cached).lower(*inputs).compile().as_text()
+    assert "AttendCached" in program
+    for got, want in zip(
+        jax.tree.leaves(attend_cached(*inputs)), jax.tree.leaves(write_then_attend(*inputs)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",))):
+        assert not cpu_kernels.has_kernels_for("float32")
+
+
+def test_gradients_of_attention():
+    own, *inputs, start = write_and_attend()
+    ours, xlas = (
+        jax.grad(lambda *x, f=f: jnp.sum(f(own, *x, start)[1] ** 2), argnums=(0, 1, 2))(*inputs)
+        for f in (attend_cached, write_then_attend)
+    )
+    for got, want in zip(ours, xlas, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
 def test_without_a_compiler_products_are_xlas_and_one_line_says_so(tmp_path):
     out, err = run_with(tmp_path, CXX="no-such-compiler")
     assert out == "False 64.0"
@@ -211,18 +282,25 @@ def test_switch(tmp_path):
     assert "DOMINO_JAX_KERNELS is 'no'; allowed: 1" in err
 
 
+def test_compiler_that_hangs_is_given_up():
+    said = subprocess.TimeoutExpired(["c++"], 300, stderr=b"still reading \xff\nan error")
+    assert cpu_kernels._find_reason(said) == "an error"
+    assert "300 seconds" in cpu_kernels._find_reason(subprocess.TimeoutExpired(["c++"], 300))
+
+
 def test_compiled_once_and_kept(tmp_path):
     assert run_with(tmp_path) == ("True 64.0", "")
     (file,) = (tmp_path / "domino_jax").iterdir()
-    assert run_with(tmp_path, CXX="no-such-compiler") == ("True 64.0", "")
+    assert run_with(tmp_path, PATH="") == ("True 64.0", "")  # finds no compiler, needs none
     assert [file] == list((tmp_path / "domino_jax").iterdir())
 
 
-def test_kept_file_that_does_not_load_is_made_anew(tmp_path):
+def test_kept_file_that_does_not_load_is_replaced(tmp_path):
     run_with(tmp_path)
     (file,) = (tmp_path / "domino_jax").iterdir()
     file.write_bytes(b"of another system")
     assert run_with(tmp_path) == ("True 64.0", "")
+    assert run_with(tmp_path, PATH="") == ("True 64.0", "")
 
 
 def test_folder_that_cannot_be_written_costs_the_cache_alone(tmp_path):
