@@ -35,7 +35,8 @@ constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
 constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
-constexpr int64_t kMaxSums = 1 << 17;     // sums of a row in all parts
+constexpr int64_t kNear = 1 << 15;         // numbers of a weight that a near cache holds
+constexpr int64_t kMaxSums = 1 << 22;     // sums in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
 constexpr int64_t kTurnedRows = 24;       // rows of it that stay near while several groups of rows are multiplied
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
@@ -148,21 +149,31 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[1];
   if (weight.dimensions()[0] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
   int64_t num_parts = 1;
-  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, kMaxSums / num_out})) num_parts *= 2;
+  const int64_t max_sums = kMaxSums / std::max<int64_t>(num_rows, 32) / num_out;
+  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
   const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
   const int64_t size = num_rows * num_blocks * kBlock;
+  // Rows of the weight that stay in a near cache while all groups of rows are multiplied with them.
+  const int64_t near = std::max<int64_t>(1, kNear / num_out / kUnroll) * kUnroll;
   float* const sums = get_scratch(num_parts * size);
   const float* const rows = x.typed_data();
   const float* const numbers = weight.typed_data();
-  run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
+  // Where there are more threads than parts they share the groups of rows of a part too.
+  const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
+  const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, num_groups);
+  run_parts(pool, num_parts * num_shares, num_in * num_out >= kShared, [=](int64_t task) {
+    const int64_t part = task / num_shares, share = task % num_shares;
     const int64_t first = num_steps * part / num_parts * kUnroll;
     const int64_t last = std::min(num_in, num_steps * (part + 1) / num_parts * kUnroll);
+    const int64_t first_row = num_groups * share / num_shares * kMaxRows;
+    const int64_t last_row = std::min(num_rows, num_groups * (share + 1) / num_shares * kMaxRows);
     float* own = sums + part * size;
-    std::memset(own, 0, size * sizeof(float));
-    for (int64_t row = 0; row < num_rows; row += kMaxRows)
-      multiply_part(rows + row * num_in, std::min<int64_t>(kMaxRows, num_rows - row), num_in, numbers, num_out, first,
-                    last, own + row * num_blocks * kBlock);
+    std::memset(own + first_row * num_blocks * kBlock, 0, (last_row - first_row) * num_blocks * kBlock * sizeof(float));
+    for (int64_t i = first; i < last; i += near)
+      for (int64_t row = first_row; row < last_row; row += kMaxRows)
+        multiply_part(rows + row * num_in, std::min<int64_t>(kMaxRows, num_rows - row), num_in, numbers, num_out, i,
+                      std::min(i + near, last), own + row * num_blocks * kBlock);
   });
   float* result = out->typed_data();
   for (int64_t row = 0; row < num_rows; ++row, result += num_out) {

@@ -48,7 +48,7 @@ def has_kernels_for(dtype: str | jnp.dtype) -> bool:
 
 
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
-    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 32 rows."""
+    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 128 rows."""
     return _multiply_rows(x, weight)
 
 

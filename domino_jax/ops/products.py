@@ -18,11 +18,14 @@ _PADDED_ROWS = 16
 _NUM_PARTS = 4
 """Parts that a CPU cuts the product of a single row into."""
 
-_FEW_ROWS = range(1, 33)
-"""Rows that a CPU gives to kernels of our own, or, where there are none, from the third on keeps from YNNPACK."""
+_KERNEL_ROWS = range(1, 129)
+"""Rows that a CPU gives to a kernel of our own, where there is one."""
 
-_FEW_TURNED_ROWS = range(1, 17)
-"""The same for products with a turned weight."""
+_FEW_ROWS = range(3, 33)
+"""Rows that are kept from YNNPACK on a CPU, where there is none."""
+
+_KERNEL_TURNED_ROWS = range(1, 17)
+"""Rows that a CPU gives to a kernel of our own for products with a turned weight, where there is one."""
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,7 +69,7 @@ _TURNED = "...i,oi->...o"
 def _multiply_turned_rows(x: Array, weight: Array) -> Array:
     default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
     num_rows = x.size // x.shape[-1]
-    if num_rows in _FEW_TURNED_ROWS and _has_kernels_for(x, weight):
+    if num_rows in _KERNEL_TURNED_ROWS and _has_kernels_for(x, weight):
         on_cpu = _by_kernel(cpu_kernels.multiply_turned_rows)
     else:
         on_cpu = _multiply_from_left if num_rows > 1 else default
@@ -102,12 +105,12 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
     """Return `x @ weight`.
 
     On NVIDIA GPUs a single row is padded to a tile of the matrix unit: XLA would make a reduction over columns of the
-    product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs it is
-    multiplied part by part: XLA's threads would otherwise share the weight by columns, and each reads short pieces. A
-    few rows are kept from YNNPACK there, which packs the whole weight for them: products with a turned left factor are
-    made by Eigen, which does not (measured on an x86 CPU without AVX-512).
+    product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs up to
+    128 rows go to a kernel of our own. Where there is none, a row is multiplied part by part: XLA's threads would
+    otherwise share the weight by columns, and each reads short pieces; and a few rows are kept from YNNPACK, which
+    packs the whole weight for them: products with a turned left factor are made by Eigen, which does not.
     """
-    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _FEW_ROWS else x @ weight
+    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _KERNEL_ROWS else x @ weight
 
 
 @jax.jit
@@ -124,7 +127,8 @@ def _choose_on_cpu(x: Array, weight: Array) -> Callable[[Array, Array], Array]:
         return _by_kernel(cpu_kernels.multiply_rows)
     if x.size == x.shape[-1]:
         return _multiply_in_parts if weight.shape[0] % _NUM_PARTS == 0 else jnp.matmul
-    return _multiply_turned_factor if x.dtype == jnp.float32 and x.size > 2 * x.shape[-1] else jnp.matmul
+    is_few = x.dtype == jnp.float32 and x.size // x.shape[-1] in _FEW_ROWS
+    return _multiply_turned_factor if is_few else jnp.matmul
 
 
 def _multiply_turned_factor(x: Array, weight: Array) -> Array:

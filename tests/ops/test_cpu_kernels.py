@@ -49,7 +49,7 @@ def draw_factors(num_rows, num_in, num_out, is_turned):
     return jnp.asarray(x), jnp.asarray(weight.T if is_turned else weight), x.astype(np.float64) @ weight
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 15, 16, 17, 32, 40])
+@pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 15, 16, 17, 32, 40, 100, 128])
 @pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
 def test_product(kernel, is_turned, num_rows):
     for num_in, num_out in SIZES:
@@ -202,8 +202,8 @@ def test_programs_have_them():
     x, weight = jnp.asarray(draw(8, 64)), jnp.asarray(draw(64, 512))
     for num_rows, function, factor, is_there in [
         (1, multiply, weight, True),
-        (32, multiply, weight, True),
-        (33, multiply, weight, False),
+        (128, multiply, weight, True),
+        (129, multiply, weight, False),
         (16, multiply_turned, weight.T, True),
         (17, multiply_turned, weight.T, False),
     ]:
