@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -47,14 +48,28 @@ def has_kernels_for(dtype: str | jnp.dtype) -> bool:
     return jax.sharding.get_abstract_mesh().empty and _register() is not None
 
 
+@jax.custom_jvp
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
     """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 128 rows."""
-    return _multiply_rows(x, weight)
+    return _call("MultiplyRows", (x.shape[0], weight.shape[1]), x, weight)
 
 
+@jax.custom_jvp
 def multiply_turned_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
     """Return `x @ weight.T`, both float32, on a CPU that has kernels; meant for up to 16 rows."""
-    return _multiply_turned_rows(x, weight)
+    return _call("MultiplyTurnedRows", (x.shape[0], weight.shape[0]), x, weight)
+
+
+def _derive(kernel: jax.custom_jvp, product: Callable[[Array, Array], Array]) -> None:
+    def differentiate(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, weight), (x_dot, weight_dot) = primals, tangents
+        return kernel(x, weight), product(x_dot, weight) + product(x, weight_dot)
+
+    kernel.defjvp(differentiate)
+
+
+_derive(multiply_rows, jnp.matmul)
+_derive(multiply_turned_rows, lambda x, weight: x @ weight.T)
 
 
 def attend_cached(
@@ -69,28 +84,6 @@ def attend_cached(
     without derivatives.
     """
     return _call("AttendCached", queries.shape, queries, keys, values, start.astype(jnp.int32))
-
-
-@jax.custom_jvp
-def _multiply_rows(x: Array, weight: Array) -> Array:
-    return _call("MultiplyRows", (x.shape[0], weight.shape[1]), x, weight)
-
-
-@_multiply_rows.defjvp
-def _multiply_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, weight), (x_dot, weight_dot) = primals, tangents
-    return _multiply_rows(x, weight), x_dot @ weight + x @ weight_dot
-
-
-@jax.custom_jvp
-def _multiply_turned_rows(x: Array, weight: Array) -> Array:
-    return _call("MultiplyTurnedRows", (x.shape[0], weight.shape[0]), x, weight)
-
-
-@_multiply_turned_rows.defjvp
-def _multiply_turned_rows_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    (x, weight), (x_dot, weight_dot) = primals, tangents
-    return _multiply_turned_rows(x, weight), x_dot @ weight.T + x @ weight_dot.T
 
 
 def _call(kernel: str, shape: tuple[int, ...], *inputs: Array) -> Array:
