@@ -2,7 +2,7 @@
 
     python benchmarks/few_rows.py --target DIR --draft DIR --blocks 7 15 --output benchmarks/DATE-cpu-few-rows
 
-A row of OUTPUT/rows.jsonl is one block size and manner: `XLA` (products of few rows as `domino_jax.ops.products` makes
+A row of OUTPUT/rows.jsonl is one block size and manner: `XLA` (products and attention as `domino_jax.ops` makes
 them where there is no compiler) or `kernels` (`domino_jax.ops.cpu_kernels`); seconds of every repeat of a plain step, a
 verify pass and a round of greedy decoding with random caches, whose drafts are whatever the drafter says.
 """

@@ -35,13 +35,12 @@ constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
 constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
-constexpr int64_t kNear = 1 << 15;         // numbers of a weight that a near cache holds
+constexpr int64_t kNear = 1 << 15;        // numbers of a weight that a near cache holds
 constexpr int64_t kMaxSums = 1 << 22;     // sums in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
-constexpr int64_t kTurnedRows = 24;       // rows of it that stay near while several groups of rows are multiplied
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
-constexpr int64_t kChunk = 256;            // positions that are attended to at a time
-constexpr float kSmallest = -126.0f;       // exponents below it are taken for 0
+constexpr int64_t kChunk = 256;           // positions that are attended to at a time
+constexpr float kSmallest = -126.0f;      // exponents below it are taken for 0
 constexpr int kNarrow = 8;                // rows that share one vector in products with turned weights
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -148,6 +147,7 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
                          ffi::ResultBuffer<ffi::F32> out) {
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[1];
   if (weight.dimensions()[0] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
+  if (num_rows * num_out == 0) return ffi::Error::Success();
   int64_t num_parts = 1;
   const int64_t max_sums = kMaxSums / std::max<int64_t>(num_rows, 32) / num_out;
   while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
@@ -232,27 +232,19 @@ ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
                                 ffi::ResultBuffer<ffi::F32> out) {
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[0];
   if (weight.dimensions()[1] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [out, in] differ");
-  const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
-  auto num_vectors = [=](int64_t group) { return num_rows - group * kMaxRows > kNarrow ? 2 : 1; };
-  float* const packed = get_scratch(num_groups * kMaxRows * num_in);
-  std::memset(packed, 0, num_groups * kMaxRows * num_in * sizeof(float));
-  for (int64_t row = 0; row < num_rows; ++row) {
-    const int64_t group = row / kMaxRows, width = kNarrow * num_vectors(group);
-    float* place = packed + group * kMaxRows * num_in + row % kMaxRows;
-    for (int64_t i = 0; i < num_in; ++i) place[i * width] = x.typed_data()[row * num_in + i];
-  }
+  if (num_rows > kMaxRows) return ffi::Error::InvalidArgument("more than 16 rows");
+  const bool is_narrow = num_rows <= kNarrow;
+  const int64_t width = is_narrow ? kNarrow : kMaxRows;
+  float* const packed = get_scratch(width * num_in);
+  std::memset(packed, 0, width * num_in * sizeof(float));
+  for (int64_t row = 0; row < num_rows; ++row)
+    for (int64_t i = 0; i < num_in; ++i) packed[i * width + row] = x.typed_data()[row * num_in + i];
+  const auto dot = is_narrow ? dot_part<kNarrow, 1> : dot_part<kLanes, kMaxRows / kLanes>;
   const float* const numbers = weight.typed_data();
   float* const result = out->typed_data();
   const int64_t num_parts = std::max<int64_t>(1, num_in * num_out / kTurnedPart);
   run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
-    for (int64_t v = num_out * part / num_parts, end = num_out * (part + 1) / num_parts; v < end; v += kTurnedRows) {
-      for (int64_t group = 0; group < num_groups; ++group) {
-        const int64_t row = group * kMaxRows, rows = std::min<int64_t>(kMaxRows, num_rows - row);
-        const auto dot = num_vectors(group) == 1 ? dot_part<kNarrow, 1> : dot_part<kLanes, kMaxRows / kLanes>;
-        dot(packed + row * num_in, rows, num_in, numbers, num_out, v, std::min(end, v + kTurnedRows),
-            result + row * num_out);
-      }
-    }
+    dot(packed, num_rows, num_in, numbers, num_out, num_out * part / num_parts, num_out * (part + 1) / num_parts, result);
   });
   return ffi::Error::Success();
 }
@@ -291,16 +283,15 @@ void attend_part(const Rows& rows, float* scratch) {
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -INFINITY);
   const int64_t length = *std::max_element(rows.limits, rows.limits + num_rows);
-  const AddStep score = choose<kUnroll>(num_rows), score_one = choose<1>(num_rows), mix_one = score_one, mix = score;
+  const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
   for (int64_t first = 0; first < length; first += kChunk) {
     const int64_t width = std::min(kChunk, length - first), num_score_blocks = (width + kBlock - 1) / kBlock;
     std::memset(scores, 0, num_score_blocks * kBlock * num_rows * sizeof(float));
     int64_t h = 0;
     for (; h + kUnroll <= head_dim; h += kUnroll)
-      score(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width, scores);
+      step(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width, scores);
     for (; h < head_dim; ++h)
-      score_one(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width,
-                scores);
+      one(rows.queries + h, head_dim, rows.keys + h * rows.num_positions + first, rows.num_positions, width, scores);
     for (int64_t r = 0; r < num_rows; ++r) {
       const int64_t seen = std::min(rows.limits[r] - first, width);  // may be none
       float* const own = scores + r * kBlock;
@@ -335,10 +326,9 @@ void attend_part(const Rows& rows, float* scratch) {
     const float* values = rows.values + first * head_dim;
     int64_t s = 0;
     for (; s + kUnroll <= width; s += kUnroll)
-      mix(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim, mixed);
+      step(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim, mixed);
     for (; s < width; ++s)
-      mix_one(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim,
-              mixed);
+      one(scores + s / kBlock * num_rows * kBlock + s % kBlock, kBlock, values + s * head_dim, head_dim, head_dim, mixed);
   }
   for (int64_t r = 0; r < num_rows; ++r)
     for (int64_t o = 0; o < head_dim; ++o)

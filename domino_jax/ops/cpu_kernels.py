@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import jaxlib
 
+from domino_jax.config import ConfigError
 from domino_jax.shapes import Array, Float, Int
 
 _SOURCE = Path(__file__).with_suffix(".cc")
@@ -41,7 +42,7 @@ def has_kernels_for(dtype: str | jnp.dtype) -> bool:
     Not on a host of accelerators, and not where devices share arrays: each would need what lies on another.
 
     Raises:
-        ValueError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
+        ConfigError: the environment variable `DOMINO_JAX_KERNELS` is neither `1` (the default) nor `0` (no kernels).
     """
     if jnp.dtype(dtype) != jnp.float32 or jax.default_backend() != "cpu":
         return False
@@ -101,7 +102,7 @@ def _register() -> str | None:
 def _register_once() -> str | None:
     switch = os.environ.get(_SWITCH, "1")
     if switch not in ("0", "1"):
-        raise ValueError(f"{_SWITCH} is {switch!r}; allowed: 1 (kernels where they can be compiled), 0 (none)")
+        raise ConfigError(f"{_SWITCH} is {switch!r}; allowed: 1 (kernels where they can be compiled), 0 (none)")
     if switch == "0":
         return None
     try:

@@ -31,6 +31,7 @@ from domino_jax.config import ConfigError, DraftConfig, SamplingConfig, TargetCo
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
 from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vocabulary
 from domino_jax.decoding.state import DecodeSettings, ModelParams
+from domino_jax.ops import cpu_kernels
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.target_model import find_target
@@ -169,6 +170,7 @@ def serve(options: ServerOptions) -> int:
     codec = make_codec(load_tokenizer(str(directory)), str(directory))
     layout = find_layout(options.mesh) if options.mesh else None
     check_sizes(layout, target, draft)
+    cpu_kernels.has_kernels_for(options.dtype)  # refuses a wrong switch here, not while programs are compiled
     options, vocabulary = read_vocabulary(options, target, draft)
     config, plan = size_engine(options, target, draft, layout)
     each = f" on each of {layout.mesh.size} devices" if layout else ""

@@ -16,6 +16,7 @@ from domino_jax.data.feature_cache import check_array_record
 from domino_jax.data.pipeline import ChatSource
 from domino_jax.data.tokenizer import MASK, SPECIAL_TOKENS
 from domino_jax.decoding.generate import Decoder
+from domino_jax.ops import cpu_kernels
 from domino_jax.processes import is_first, on_all, on_first
 from domino_jax.run_config import CorpusConfig, RunConfig
 from domino_jax.runs.draft import resolve_draft, train_draft
@@ -142,8 +143,10 @@ def check_run(config: RunConfig) -> None:
     Raises:
         RunError: a file of chats or a package is missing, or held-out answers leave no room for a prompt.
         FeatureCacheError: features are to be kept and this platform has no ArrayRecord.
-        ConfigError: the mesh does not fit the devices, or mesh, drafter or sequences the target that the run builds.
+        ConfigError: the mesh does not fit the devices, mesh, drafter or sequences do not fit the target that the run
+            builds, or `DOMINO_JAX_KERNELS` is neither 0 nor 1.
     """
+    cpu_kernels.has_kernels_for("float32")  # refuses a wrong switch
     layout = find_layout(config.mesh)
     per_step = config.data.batch_size // config.data.micro_steps
     require(

@@ -11,6 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from domino_jax.checkpoints.huggingface import save_target
+from domino_jax.config import TargetConfig
+from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
+from domino_jax.models.qwen3 import init_target_params
 from domino_jax.ops import cpu_kernels
 from domino_jax.ops.cached_attention import _attend_written, attend_cached, write_then_attend
 from domino_jax.ops.kv_cache import init_cache
@@ -21,7 +25,7 @@ KERNELS = [
     pytest.param(cpu_kernels.multiply_turned_rows, True, id="multiply_turned_rows"),
 ]
 # Widths that fill no vector, no step and no part, and one of several parts each way.
-SIZES = [(1, 1), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
+SIZES = [(1, 1), (0, 4), (4, 0), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,6 +56,10 @@ def draw_factors(num_rows, num_in, num_out, is_turned):
 @pytest.mark.parametrize("num_rows", [1, 2, 7, 8, 9, 15, 16, 17, 32, 40, 100, 128])
 @pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
 def test_product(kernel, is_turned, num_rows):
+    if is_turned and num_rows > 16:
+        with pytest.raises(Exception, match="more than 16 rows"):
+            kernel(jnp.ones((num_rows, 8)), jnp.ones((4, 8))).block_until_ready()
+        return
     for num_in, num_out in SIZES:
         x, weight, product = draw_factors(num_rows, num_in, num_out, is_turned)
         # Sums of numbers of size one: rounding grows with their root, a wrong number would be off by as much as one.
@@ -280,6 +288,24 @@ def test_switch(tmp_path):
     assert not list(tmp_path.iterdir())
     _, err = run_with(tmp_path, DOMINO_JAX_KERNELS="no")
     assert "DOMINO_JAX_KERNELS is 'no'; allowed: 1" in err
+
+
+@pytest.mark.parametrize(
+    "command", ["train.py --config configs/tiny.py --config.output_dir=OUT", "serve.py --target T"]
+)
+def test_wrong_switch_is_one_sentence(tmp_path, command):
+    target = TargetConfig(64, 8, 16, 1, 2, 1, 4, tie_word_embeddings=True)
+    save_target(tmp_path / "target", target, init_target_params(target, jax.random.key(0)))
+    save_tokenizer(train_tokenizer(["some text"], 300), tmp_path / "target")
+    root = Path(__file__).resolve().parents[2]
+    words = (
+        command.replace("OUT", str(tmp_path / "out")).replace("--target T", f"--target {tmp_path / 'target'}").split()
+    )
+    settings = os.environ | {"DOMINO_JAX_KERNELS": "no", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, *words], env=settings, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: DOMINO_JAX_KERNELS is 'no'; allowed: 1")
+    assert "Traceback" not in done.stderr
 
 
 def test_compiler_that_hangs_is_given_up():

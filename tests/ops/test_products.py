@@ -73,7 +73,7 @@ def test_single_row_is_multiplied_in_parts(monkeypatch):
 
 
 @ON_A_CPU
-def test_cpu_kernels_are_kept_from_the_library_that_packs_weights(monkeypatch):
+def test_few_rows_are_kept_from_the_library_that_packs_weights(monkeypatch):
     leave_to_xla(monkeypatch)
     if "ynn_fusion" not in jax.jit(jnp.matmul).lower(draw(8, 64), draw(64, 512)).compile().as_text():
         pytest.skip("this XLA gives the library nothing")
