@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,10 +46,23 @@ def pytest_configure(config):
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Skip what would begin after DOMINO_TESTS_UNTIL, seconds since 1970, so that a run whose time is limited ends."""
+    until = os.environ.get("DOMINO_TESTS_UNTIL")
+    if until is not None and time.time() > float(until):
+        pytest.skip("no time was left (DOMINO_TESTS_UNTIL)")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs() -> Iterator[None]:
     """Free compiled programs after a module where there are many: each holds memory mappings as long as it lives."""
     yield
+    forget_where_many()
+
+
+def forget_where_many() -> None:
+    """Free compiled programs where the process has more than `MAX_MAPPINGS`."""
     mappings = Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_bytes().splitlines()) > MAX_MAPPINGS:
         import jax

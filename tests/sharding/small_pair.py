@@ -30,6 +30,19 @@ def choose_quick(*quick):
     return [pytest.param(mesh, id=str(mesh), marks=() if mesh in quick else pytest.mark.slow) for mesh in MESHES]
 
 
+def spread(names):
+    """Return parameters of a test: all meshes with the first name, four with each other one, among them a mixed one.
+
+    The four change from name to name, so a mesh meets a third of them; all with all took 22 minutes.
+    """
+    return [
+        pytest.param(mesh, name, id=f"{name}-{mesh}")
+        for turn, name in enumerate(names)
+        for number, mesh in enumerate(MESHES)
+        if turn == 0 or (turn + number + number // 3) % 3 == 0
+    ]
+
+
 def make_layout(data, model, fsdp=False):
     return build_layout(MeshConfig(data, model, fsdp), jax.devices()[: data * model])
 

@@ -8,9 +8,8 @@ import pytest
 
 from domino_jax.config import SamplingConfig
 from domino_jax.decoding import cache_growth
-from tests.sharding.small_pair import MESHES, NUM_NEW, PROMPTS, VOCAB, choose_quick, make_decoder, make_layout
+from tests.sharding.small_pair import NUM_NEW, PROMPTS, VOCAB, make_decoder, make_layout, spread
 
-QUICK_WAYS = ("greedy", "rejection", "sampled candidates", "draft vocabulary")
 SAMPLED = [SamplingConfig(temperature=t, seed=s) for s, t in enumerate((0.0, 0.9, 1.2, 0.7, 0.0))]
 FILTERED = [SamplingConfig(), *(SamplingConfig(temperature=0.9, top_k=20, top_p=0.9, seed=s) for s in range(1, 5))]
 WAYS = {
@@ -30,6 +29,10 @@ WAYS |= {"candidates": {}, "sampled candidates": {"sampling": SAMPLED}, "growing
 SOME_TOKENS = np.flatnonzero(np.arange(VOCAB) % 4)
 WAYS |= {"draft vocabulary": {"sampling": SAMPLED}, "some of a draft vocabulary": {}}
 WAYS |= {"rejected of a draft vocabulary": {"sampling": SAMPLED, "rule": "rejection"}}
+QUICK = [
+    *(((1, 8, False), way) for way in ("greedy", "sampled candidates", "draft vocabulary")),
+    *(((4, 2, False), way) for way in ("greedy", "rejection")),
+]
 
 
 def decode(layout, way):
@@ -52,28 +55,12 @@ def test_the_drafter_is_sometimes_right():
         assert np.mean([np.mean(lengths) for _, _, lengths in decode_on_one(way)]) > 1.3, way
 
 
-@pytest.mark.parametrize("mesh", choose_quick((1, 8, False), (4, 2, False)))
-def test_greedy_tokens_and_acceptance_are_those_of_one_device(mesh):
-    assert decode(make_layout(*mesh), "greedy") == decode_on_one("greedy")
-
-
-@pytest.mark.parametrize("mesh", choose_quick((1, 8, False)))
-def test_candidates_are_those_of_one_device(mesh):
-    assert decode(make_layout(*mesh), "sampled candidates") == decode_on_one("sampled candidates")
-
-
-@pytest.mark.parametrize("mesh", choose_quick((1, 8, False)))
-def test_drafts_from_part_of_the_vocabulary_are_those_of_one_device(mesh):
-    assert decode(make_layout(*mesh), "draft vocabulary") == decode_on_one("draft vocabulary")
-
-
-@pytest.mark.parametrize("mesh", choose_quick((4, 2, False)))
-def test_rejected_and_accepted_samples_are_those_of_one_device(mesh):
-    assert decode(make_layout(*mesh), "rejection") == decode_on_one("rejection")
+@pytest.mark.parametrize(("mesh", "way"), QUICK, ids=str)
+def test_what_is_decoded_is_that_of_one_device(mesh, way):
+    assert decode(make_layout(*mesh), way) == decode_on_one(way)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("way", [way for way in WAYS if way not in QUICK_WAYS])
+@pytest.mark.parametrize(("mesh", "way"), spread(WAYS))
 def test_every_way_of_decoding_is_that_of_one_device(mesh, way):
     assert decode(make_layout(*mesh), way) == decode_on_one(way)

@@ -10,7 +10,7 @@ from domino_jax.models.stacked_target import stack_params
 from domino_jax.run_config import ObjectiveConfig, OptimizerConfig
 from domino_jax.sharding import activate
 from domino_jax.training.step import StepInputs, create_train_state, make_train_step, pad_sequences
-from tests.sharding.small_pair import MESHES, choose_quick, make_batch, make_layout, make_pair
+from tests.sharding.small_pair import make_batch, make_layout, make_pair, spread
 
 NUM_STEPS = 20
 PLAIN = {"num_anchors": 6, "head_chunk": 5, "loss_decay_gamma": 4.0, "attention_chunk": 4}
@@ -53,7 +53,7 @@ def train_on_one(run):
     return train(None, **RUNS[run])[0]
 
 
-@pytest.mark.parametrize("mesh", choose_quick((4, 2, False), (2, 2, True)))
+@pytest.mark.parametrize("mesh", [(4, 2, False), (2, 2, True)], ids=str)
 def test_losses_are_those_of_one_device(mesh):
     losses, state = train(make_layout(*mesh), **RUNS["uneven micro-steps"])
     np.testing.assert_allclose(losses, train_on_one("uneven micro-steps"), rtol=0, atol=1e-5)
@@ -64,8 +64,7 @@ def test_losses_are_those_of_one_device(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("run", [run for run in RUNS if run != "uneven micro-steps"])
+@pytest.mark.parametrize(("mesh", "run"), spread(RUNS))
 def test_losses_of_every_run_are_those_of_one_device(mesh, run):
     np.testing.assert_allclose(train(make_layout(*mesh), **RUNS[run])[0], train_on_one(run), rtol=0, atol=1e-5)
 
