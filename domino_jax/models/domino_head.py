@@ -52,7 +52,7 @@ class DominoHead(nn.Module):
 
     def input_gates(self, embedding: Float[Array, "*batch D"]) -> Float[Array, "*batch gates"]:
         """Return the part of the GRU's three gates that depends on the token read alone."""
-        return embedding.astype(self.dtype) @ self._weight("gru_input")
+        return multiply(embedding.astype(self.dtype), self._weight("gru_input"))
 
     def project_state(
         self, state: Float[Array, "*batch R"]
@@ -77,6 +77,8 @@ class DominoHead(nn.Module):
 
     def expand(self, inner: Float[Array, "*batch E"]) -> Float[Array, "*batch V"]:
         """Return the float32 residual of the correction's inner states."""
+        if self.dtype == jnp.float32:
+            return constrain(multiply(inner, self._weight("up")), "logits")
         return constrain(einsum_in_float32("...e,ev->...v", inner, self._weight("up")), "logits")
 
     def correct(self, hidden: Float[Array, "*batch D"], state: Float[Array, "*batch R"]) -> Float[Array, "*batch V"]:

@@ -35,6 +35,7 @@ constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
 constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
+constexpr int64_t kShareColumns = 256;    // columns of a thread's share, at least: long pieces of the weight's rows
 constexpr int64_t kNear = 1 << 15;        // numbers of a weight that a near cache holds
 constexpr int64_t kMaxSums = 1 << 22;     // sums in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
@@ -134,13 +135,13 @@ AddStep choose(int64_t num_rows) {
   return choose<U>(num_rows, std::make_integer_sequence<int, kMaxRows>());
 }
 
-// sums = x[:, first : last] @ weight[first : last, :] for at most kMaxRows rows
-void multiply_part(const float* x, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, int64_t first,
-                   int64_t last, float* sums) {
+// sums = x[:, first : last] @ weight[first : last, :width] for at most kMaxRows rows
+void multiply_part(const float* x, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, int64_t width,
+                   int64_t first, int64_t last, float* sums) {
   const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
   int64_t i = first;
-  for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out, num_out, num_out, sums);
-  for (; i < last; ++i) one(x + i, num_in, weight + i * num_out, num_out, num_out, sums);
+  for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out, num_out, width, sums);
+  for (; i < last; ++i) one(x + i, num_in, weight + i * num_out, num_out, width, sums);
 }
 
 ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
@@ -154,26 +155,35 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
   const int64_t size = num_rows * num_blocks * kBlock;
-  // Rows of the weight that stay in a near cache while all groups of rows are multiplied with them.
-  const int64_t near = std::max<int64_t>(1, kNear / num_out / kUnroll) * kUnroll;
   float* const sums = get_scratch(num_parts * size);
   const float* const rows = x.typed_data();
   const float* const numbers = weight.typed_data();
-  // Where there are more threads than parts they share the groups of rows of a part too.
-  const int64_t num_groups = (num_rows + kMaxRows - 1) / kMaxRows;
-  const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, num_groups);
+  // Where there are more threads than parts they share the columns of a part.
+  const int64_t max_shares = std::max<int64_t>(1, num_out / kShareColumns);
+  const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, max_shares);
   run_parts(pool, num_parts * num_shares, num_in * num_out >= kShared, [=](int64_t task) {
     const int64_t part = task / num_shares, share = task % num_shares;
     const int64_t first = num_steps * part / num_parts * kUnroll;
     const int64_t last = std::min(num_in, num_steps * (part + 1) / num_parts * kUnroll);
-    const int64_t first_row = num_groups * share / num_shares * kMaxRows;
-    const int64_t last_row = std::min(num_rows, num_groups * (share + 1) / num_shares * kMaxRows);
-    float* own = sums + part * size;
-    std::memset(own + first_row * num_blocks * kBlock, 0, (last_row - first_row) * num_blocks * kBlock * sizeof(float));
+    const int64_t first_block = num_blocks * share / num_shares, last_block = num_blocks * (share + 1) / num_shares;
+    const int64_t column = first_block * kBlock, width = std::min(num_out, last_block * kBlock) - column;
+    // Rows of the weight that stay in a near cache while all groups of rows are multiplied with them.
+    const int64_t near = std::max<int64_t>(1, kNear / width / kUnroll) * kUnroll;
+    float* const own = sums + part * size;
+    auto each_group = [=](const auto& work) {
+      for (int64_t row = 0; row < num_rows; row += kMaxRows) {
+        const int64_t num_grouped = std::min<int64_t>(kMaxRows, num_rows - row);
+        work(row, num_grouped, own + row * num_blocks * kBlock + column * num_grouped);
+      }
+    };
+    each_group([=](int64_t, int64_t num_grouped, float* group) {
+      std::memset(group, 0, (last_block - first_block) * kBlock * num_grouped * sizeof(float));
+    });
     for (int64_t i = first; i < last; i += near)
-      for (int64_t row = first_row; row < last_row; row += kMaxRows)
-        multiply_part(rows + row * num_in, std::min<int64_t>(kMaxRows, num_rows - row), num_in, numbers, num_out, i,
-                      std::min(i + near, last), own + row * num_blocks * kBlock);
+      each_group([=](int64_t row, int64_t num_grouped, float* group) {
+        multiply_part(rows + row * num_in, num_grouped, num_in, numbers + column, num_out, width, i,
+                      std::min(i + near, last), group);
+      });
   });
   float* result = out->typed_data();
   for (int64_t row = 0; row < num_rows; ++row, result += num_out) {

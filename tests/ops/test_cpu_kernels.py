@@ -24,8 +24,8 @@ KERNELS = [
     pytest.param(cpu_kernels.multiply_rows, False, id="multiply_rows"),
     pytest.param(cpu_kernels.multiply_turned_rows, True, id="multiply_turned_rows"),
 ]
-# Widths that fill no vector, no step and no part, and one of several parts each way.
-SIZES = [(1, 1), (0, 4), (4, 0), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67)]
+# Widths that fill no vector, no step and no part, several parts each way, and columns that threads share.
+SIZES = [(1, 1), (0, 4), (4, 0), (3, 5), (7, 33), (130, 31), (257, 100), (640, 128), (2050, 67), (64, 4100), (0, 600)]
 
 
 @pytest.fixture(scope="module", autouse=True)
