@@ -25,8 +25,10 @@ namespace {
 
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
+constexpr int kTileRows = 8;  // rows whose sums stay in registers, with the weight's numbers beside them
 #else
 constexpr int kLanes = 8;
+constexpr int kTileRows = 6;
 #endif
 constexpr int kVectors = 2;  // sums of a row that stay in registers for one step
 constexpr int64_t kBlock = kVectors * kLanes;
@@ -36,7 +38,7 @@ constexpr int64_t kAhead = 3;             // steps that are asked for in advance
 constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
 constexpr int64_t kShareColumns = 256;    // columns of a thread's share, at least: long pieces of the weight's rows
-constexpr int64_t kNear = 1 << 15;        // numbers of a weight that a near cache holds
+constexpr int64_t kSharesPerThread = 4;   // of products of many rows: a thread that begins late has less to do
 constexpr int64_t kMaxSums = 1 << 22;     // sums in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
@@ -135,13 +137,113 @@ AddStep choose(int64_t num_rows) {
   return choose<U>(num_rows, std::make_integer_sequence<int, kMaxRows>());
 }
 
-// sums = x[:, first : last] @ weight[first : last, :width] for at most kMaxRows rows
-void multiply_part(const float* x, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, int64_t width,
-                   int64_t first, int64_t last, float* sums) {
+// out = x @ weight for at most kMaxRows rows, which take no longer than the weight takes to read: it is walked through in
+// the order it lies.
+void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
+                  int64_t num_out, float* out) {
+  int64_t num_parts = 1;
+  const int64_t max_sums = kMaxSums / 32 / num_out;
+  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
+  const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
+  const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
+  const int64_t size = num_rows * num_blocks * kBlock;
+  float* const sums = get_scratch(num_parts * size);
   const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
-  int64_t i = first;
-  for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out, num_out, width, sums);
-  for (; i < last; ++i) one(x + i, num_in, weight + i * num_out, num_out, width, sums);
+  // Where there are more threads than parts they share the columns of a part.
+  const int64_t max_shares = std::max<int64_t>(1, num_out / kShareColumns);
+  const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, max_shares);
+  run_parts(pool, num_parts * num_shares, num_in * num_out >= kShared, [=](int64_t task) {
+    const int64_t part = task / num_shares, share = task % num_shares;
+    const int64_t last = std::min(num_in, num_steps * (part + 1) / num_parts * kUnroll);
+    const int64_t first_block = num_blocks * share / num_shares, last_block = num_blocks * (share + 1) / num_shares;
+    const int64_t column = first_block * kBlock, width = std::min(num_out, last_block * kBlock) - column;
+    float* const own = sums + part * size + column * num_rows;
+    std::memset(own, 0, (last_block - first_block) * kBlock * num_rows * sizeof(float));
+    int64_t i = num_steps * part / num_parts * kUnroll;
+    for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out + column, num_out, width, own);
+    for (; i < last; ++i) one(x + i, num_in, weight + i * num_out + column, num_out, width, own);
+  });
+  for (int64_t row = 0; row < num_rows; ++row, out += num_out) {
+    const float* own = sums + row * kBlock;
+    for (int64_t o = 0; o < num_out; o += kBlock, own += num_rows * kBlock) {
+      Lanes sum[kVectors] = {};
+      for (int64_t part = 0; part < num_parts; ++part)
+        for (int v = 0; v < kVectors; ++v) sum[v] += reinterpret_cast<const Lanes*>(own + part * size)[v];
+      std::memcpy(out + o, sum, std::min(kBlock, num_out - o) * sizeof(float));
+    }
+  }
+}
+
+// out[:, :kBlock] = x @ weight[:, :kBlock] for R rows. Sums of a part stay in registers; `ahead` is asked for meanwhile.
+template <int R>
+void multiply_tile(const float* x, int64_t num_in, const float* weight, int64_t weight_stride, const float* ahead,
+                   int64_t ahead_stride, float* out, int64_t out_stride) {
+  for (int64_t first = 0; first == 0 || first < num_in; first += kPartRows) {
+    Lanes sums[R][kVectors] = {};
+    const int64_t last = std::min(num_in, first + kPartRows);
+    for (int64_t i = first; i < last; ++i, weight += weight_stride, ahead += ahead_stride) {
+      __builtin_prefetch(ahead, 0, 2);
+      Lanes w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = reinterpret_cast<const Lanes*>(weight)[v];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const float factor = x[r * num_in + i];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] += w[v] * factor;
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        Lanes& place = reinterpret_cast<Lanes*>(out + r * out_stride)[v];
+        place = first == 0 ? sums[r][v] : place + sums[r][v];
+      }
+  }
+}
+
+using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
+
+template <int... R>
+MultiplyTile choose_tile(int64_t num_rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile tiles[] = {multiply_tile<R + 1>...};
+  return tiles[num_rows - 1];
+}
+
+// out = x @ weight for more rows, whose sums would not stay near: a panel of columns at a time, which threads share, and
+// of it as many rows as registers hold. While the first of them are multiplied the next panel comes.
+void multiply_many(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
+                   int64_t num_out, float* out) {
+  const int64_t num_panels = (num_out + kBlock - 1) / kBlock;
+  const int64_t num_parts = std::min<int64_t>(num_panels, kSharesPerThread * pool.num_threads());
+  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
+    const int64_t last = num_panels * (part + 1) / num_parts;
+    for (int64_t panel = num_panels * part / num_parts; panel < last; ++panel) {
+      const int64_t column = panel * kBlock, width = std::min(kBlock, num_out - column);
+      const float* from = weight + column;
+      int64_t from_stride = num_out;
+      float* rest = nullptr;
+      if (width < kBlock) {  // the last columns, filled up
+        float* filled = get_scratch((num_in + kTileRows) * kBlock);
+        std::memset(filled, 0, num_in * kBlock * sizeof(float));
+        for (int64_t i = 0; i < num_in; ++i) std::memcpy(filled + i * kBlock, from + i * num_out, width * sizeof(float));
+        from = filled, from_stride = kBlock, rest = filled + num_in * kBlock;
+      }
+      for (int64_t tile = 0; tile < num_tiles; ++tile) {
+        const int64_t row = num_rows * tile / num_tiles, height = num_rows * (tile + 1) / num_tiles - row;
+        const auto multiply = choose_tile(height, std::make_integer_sequence<int, kTileRows>());
+        const bool is_asking = panel + 1 < last && tile < kVectors;  // each for another vector of the panel's rows
+        const float* ahead = is_asking ? weight + column + kBlock + tile * kLanes : x;
+        float* const to = out + row * num_out + column;
+        multiply(x + row * num_in, num_in, from, from_stride, ahead, is_asking ? num_out : 0, rest ? rest : to,
+                 rest ? kBlock : num_out);
+        if (rest)
+          for (int64_t r = 0; r < height; ++r) std::memcpy(to + r * num_out, rest + r * kBlock, width * sizeof(float));
+      }
+    }
+  });
 }
 
 ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
@@ -149,53 +251,8 @@ ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buf
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[1];
   if (weight.dimensions()[0] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
   if (num_rows * num_out == 0) return ffi::Error::Success();
-  int64_t num_parts = 1;
-  const int64_t max_sums = kMaxSums / std::max<int64_t>(num_rows, 32) / num_out;
-  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
-  const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
-  const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
-  const int64_t size = num_rows * num_blocks * kBlock;
-  float* const sums = get_scratch(num_parts * size);
-  const float* const rows = x.typed_data();
-  const float* const numbers = weight.typed_data();
-  // Where there are more threads than parts they share the columns of a part.
-  const int64_t max_shares = std::max<int64_t>(1, num_out / kShareColumns);
-  const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, max_shares);
-  run_parts(pool, num_parts * num_shares, num_in * num_out >= kShared, [=](int64_t task) {
-    const int64_t part = task / num_shares, share = task % num_shares;
-    const int64_t first = num_steps * part / num_parts * kUnroll;
-    const int64_t last = std::min(num_in, num_steps * (part + 1) / num_parts * kUnroll);
-    const int64_t first_block = num_blocks * share / num_shares, last_block = num_blocks * (share + 1) / num_shares;
-    const int64_t column = first_block * kBlock, width = std::min(num_out, last_block * kBlock) - column;
-    // Rows of the weight that stay in a near cache while all groups of rows are multiplied with them.
-    const int64_t near = std::max<int64_t>(1, kNear / width / kUnroll) * kUnroll;
-    float* const own = sums + part * size;
-    auto each_group = [=](const auto& work) {
-      for (int64_t row = 0; row < num_rows; row += kMaxRows) {
-        const int64_t num_grouped = std::min<int64_t>(kMaxRows, num_rows - row);
-        work(row, num_grouped, own + row * num_blocks * kBlock + column * num_grouped);
-      }
-    };
-    each_group([=](int64_t, int64_t num_grouped, float* group) {
-      std::memset(group, 0, (last_block - first_block) * kBlock * num_grouped * sizeof(float));
-    });
-    for (int64_t i = first; i < last; i += near)
-      each_group([=](int64_t row, int64_t num_grouped, float* group) {
-        multiply_part(rows + row * num_in, num_grouped, num_in, numbers + column, num_out, width, i,
-                      std::min(i + near, last), group);
-      });
-  });
-  float* result = out->typed_data();
-  for (int64_t row = 0; row < num_rows; ++row, result += num_out) {
-    const int64_t start = row / kMaxRows * kMaxRows, width = std::min<int64_t>(kMaxRows, num_rows - start);
-    const float* own = sums + start * num_blocks * kBlock + (row - start) * kBlock;
-    for (int64_t o = 0; o < num_out; o += kBlock, own += width * kBlock) {
-      Lanes sum[kVectors] = {};
-      for (int64_t part = 0; part < num_parts; ++part)
-        for (int v = 0; v < kVectors; ++v) sum[v] += reinterpret_cast<const Lanes*>(own + part * size)[v];
-      std::memcpy(result + o, sum, std::min(kBlock, num_out - o) * sizeof(float));
-    }
-  }
+  const auto multiply = num_rows <= kMaxRows ? multiply_few : multiply_many;
+  multiply(pool, x.typed_data(), num_rows, num_in, weight.typed_data(), num_out, out->typed_data());
   return ffi::Error::Success();
 }
 
