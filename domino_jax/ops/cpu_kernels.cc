@@ -1,6 +1,7 @@
 // What few rows need of a CPU: products with a weight, and attention over a cache. Both take as long as the weight or the
 // cache takes to read, where nothing packs it first and nothing waits for it. So every kernel here walks once through
-// what is large, where and in the order it lies, asks for what comes next (prefetch), and keeps the rows near.
+// what is large, where and in the order it lies, asks for what comes next (prefetch), and keeps the rows near. Products
+// of more than 16 rows are bound by arithmetic: they pack a piece of the weight at a time and keep sums in registers.
 //
 // Work is cut into parts by shapes alone, each part sums up in one sequence, and parts are added in theirs: no result
 // depends on threads.
@@ -35,7 +36,7 @@ constexpr int64_t kBlock = kVectors * kLanes;
 constexpr int kMaxRows = 16;              // rows of one walk through the weight
 constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
-constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
+constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least; of a piece of many rows
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
 constexpr int64_t kShareColumns = 256;    // columns of a thread's share, at least: long pieces of the weight's rows
 constexpr int64_t kSharesPerThread = 4;   // of products of many rows: a thread that begins late has less to do
@@ -174,36 +175,40 @@ void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64
   }
 }
 
-// out[:, :kBlock] = x @ weight[:, :kBlock] for R rows. Sums of a part stay in registers; `ahead` is asked for meanwhile.
+// What a tile of many rows is multiplied with, and where its sums go.
+struct Piece {
+  int64_t num_in, depth, num_out;
+  const float* packed;  // the weight's numbers, [depth, kBlock]
+  const float* ahead;   // is asked for meanwhile, a step further for every row of the weight
+  int64_t ahead_step;
+  bool is_first;  // of a panel: sums begin with it
+};
+
+// out (+)= x[:, :depth] @ packed for R rows, whose sums stay in registers.
 template <int R>
-void multiply_tile(const float* x, int64_t num_in, const float* weight, int64_t weight_stride, const float* ahead,
-                   int64_t ahead_stride, float* out, int64_t out_stride) {
-  for (int64_t first = 0; first == 0 || first < num_in; first += kPartRows) {
-    Lanes sums[R][kVectors] = {};
-    const int64_t last = std::min(num_in, first + kPartRows);
-    for (int64_t i = first; i < last; ++i, weight += weight_stride, ahead += ahead_stride) {
-      __builtin_prefetch(ahead, 0, 2);
-      Lanes w[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) w[v] = reinterpret_cast<const Lanes*>(weight)[v];
+void multiply_tile(const Piece& piece, const float* x, float* out) {
+  Lanes sums[R][kVectors] = {};
+  const Lanes* w = reinterpret_cast<const Lanes*>(piece.packed);
+  const float* ahead = piece.ahead;
+  for (int64_t i = 0; i < piece.depth; ++i, w += kVectors, ahead += piece.ahead_step) {
+    __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const float factor = x[r * num_in + i];
+    for (int r = 0; r < R; ++r) {
+      const float factor = x[r * piece.num_in + i];
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[r][v] += w[v] * factor;
-      }
+      for (int v = 0; v < kVectors; ++v) sums[r][v] += w[v] * factor;
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        Lanes& place = reinterpret_cast<Lanes*>(out + r * out_stride)[v];
-        place = first == 0 ? sums[r][v] : place + sums[r][v];
-      }
   }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Lanes& place = reinterpret_cast<Lanes*>(out + r * piece.num_out)[v];
+      place = piece.is_first ? sums[r][v] : place + sums[r][v];
+    }
 }
 
-using MultiplyTile = void (*)(const float*, int64_t, const float*, int64_t, const float*, int64_t, float*, int64_t);
+using MultiplyTile = void (*)(const Piece&, const float*, float*);
 
 template <int... R>
 MultiplyTile choose_tile(int64_t num_rows, std::integer_sequence<int, R...>) {
@@ -211,37 +216,41 @@ MultiplyTile choose_tile(int64_t num_rows, std::integer_sequence<int, R...>) {
   return tiles[num_rows - 1];
 }
 
-// out = x @ weight for more rows, whose sums would not stay near: a panel of columns at a time, which threads share, and
-// of it as many rows as registers hold. While the first of them are multiplied the next panel comes.
+// out = x @ weight for more rows, whose sums would not stay near: a panel of columns at a time, which threads share, a
+// piece of it at a time, packed, and of that as many rows as registers hold. Meanwhile the next piece comes.
 void multiply_many(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
                    int64_t num_out, float* out) {
   const int64_t num_panels = (num_out + kBlock - 1) / kBlock;
   const int64_t num_parts = std::min<int64_t>(num_panels, kSharesPerThread * pool.num_threads());
   const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
   run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
-    const int64_t last = num_panels * (part + 1) / num_parts;
-    for (int64_t panel = num_panels * part / num_parts; panel < last; ++panel) {
+    float* const packed = get_scratch((kPartRows + num_rows) * kBlock);
+    float* const rest = packed + kPartRows * kBlock;  // sums of the last columns, which fill no panel
+    for (int64_t panel = num_panels * part / num_parts; panel < num_panels * (part + 1) / num_parts; ++panel) {
       const int64_t column = panel * kBlock, width = std::min(kBlock, num_out - column);
-      const float* from = weight + column;
-      int64_t from_stride = num_out;
-      float* rest = nullptr;
-      if (width < kBlock) {  // the last columns, filled up
-        float* filled = get_scratch((num_in + kTileRows) * kBlock);
-        std::memset(filled, 0, num_in * kBlock * sizeof(float));
-        for (int64_t i = 0; i < num_in; ++i) std::memcpy(filled + i * kBlock, from + i * num_out, width * sizeof(float));
-        from = filled, from_stride = kBlock, rest = filled + num_in * kBlock;
+      float* const sums = width < kBlock ? rest : out + column;
+      const int64_t stride = width < kBlock ? kBlock : num_out;
+      for (int64_t first = 0; first == 0 || first < num_in; first += kPartRows) {
+        const int64_t depth = std::min(kPartRows, num_in - first);
+        const float* from = weight + first * num_out + column;
+        for (int64_t i = 0; i < depth; ++i) {
+          if (width < kBlock) std::memset(packed + i * kBlock, 0, kBlock * sizeof(float));
+          std::memcpy(packed + i * kBlock, from + i * num_out, width * sizeof(float));
+        }
+        const bool is_last = first + kPartRows >= num_in;
+        const float* next = is_last ? weight + std::min(column + kBlock, num_out - 1) : from + kPartRows * num_out;
+        for (int64_t tile = 0; tile < num_tiles; ++tile) {
+          const int64_t row = num_rows * tile / num_tiles;
+          const bool is_asking = tile < kVectors;  // each for another vector of the rows
+          const Piece piece = {num_in, depth, stride, packed, is_asking ? next + tile * kLanes : x,
+                               is_asking ? num_out : 0, first == 0};
+          choose_tile(num_rows * (tile + 1) / num_tiles - row, std::make_integer_sequence<int, kTileRows>())(
+              piece, x + row * num_in + first, sums + row * stride);
+        }
       }
-      for (int64_t tile = 0; tile < num_tiles; ++tile) {
-        const int64_t row = num_rows * tile / num_tiles, height = num_rows * (tile + 1) / num_tiles - row;
-        const auto multiply = choose_tile(height, std::make_integer_sequence<int, kTileRows>());
-        const bool is_asking = panel + 1 < last && tile < kVectors;  // each for another vector of the panel's rows
-        const float* ahead = is_asking ? weight + column + kBlock + tile * kLanes : x;
-        float* const to = out + row * num_out + column;
-        multiply(x + row * num_in, num_in, from, from_stride, ahead, is_asking ? num_out : 0, rest ? rest : to,
-                 rest ? kBlock : num_out);
-        if (rest)
-          for (int64_t r = 0; r < height; ++r) std::memcpy(to + r * num_out, rest + r * kBlock, width * sizeof(float));
-      }
+      if (width < kBlock)
+        for (int64_t row = 0; row < num_rows; ++row)
+          std::memcpy(out + row * num_out + column, rest + row * kBlock, width * sizeof(float));
     }
   });
 }

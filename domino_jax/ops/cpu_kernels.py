@@ -51,7 +51,7 @@ def has_kernels_for(dtype: str | jnp.dtype) -> bool:
 
 @jax.custom_jvp
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
-    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 512 rows."""
+    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 128 rows."""
     return _call("MultiplyRows", (x.shape[0], weight.shape[1]), x, weight)
 
 

@@ -18,7 +18,7 @@ _PADDED_ROWS = 16
 _NUM_PARTS = 4
 """Parts that a CPU cuts the product of a single row into."""
 
-_KERNEL_ROWS = range(1, 513)
+_KERNEL_ROWS = range(1, 129)
 """Rows that a CPU gives to a kernel of our own, where there is one."""
 
 _FEW_ROWS = range(3, 33)
@@ -106,7 +106,7 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
 
     On NVIDIA GPUs a single row is padded to a tile of the matrix unit: XLA would make a reduction over columns of the
     product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs up to
-    512 rows go to a kernel of our own. Where there is none, a row is multiplied part by part: XLA's threads would
+    128 rows go to a kernel of our own. Where there is none, a row is multiplied part by part: XLA's threads would
     otherwise share the weight by columns, and each reads short pieces; and a few rows are kept from YNNPACK, which
     packs the whole weight for them: products with a turned left factor are made by Eigen, which does not.
     """
