@@ -108,6 +108,7 @@ def load_program(path):
                 "scripts/run_ablations.py",
                 "scripts/calibrate_survival.py",
                 "bench.py",
+                "serve.py",
                 "benchmarks/widths.py",
                 "benchmarks/tpu_rounds.py",
                 "benchmarks/serving_load.py",
