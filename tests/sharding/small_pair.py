@@ -33,7 +33,7 @@ def choose_quick(*quick):
 def spread(names):
     """Return parameters of a test: all meshes with the first name, four with each other one, among them a mixed one.
 
-    The four change from name to name, so a mesh meets a third of them; all with all took 22 minutes.
+    The four change from name to name, so a mesh meets a third of them; all with all took over 22 minutes.
     """
     return [
         pytest.param(mesh, name, id=f"{name}-{mesh}")
