@@ -143,7 +143,7 @@ AddStep choose(int64_t num_rows) {
 void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
                   int64_t num_out, float* out) {
   int64_t num_parts = 1;
-  const int64_t max_sums = kMaxSums / 32 / num_out;
+  const int64_t max_sums = kMaxSums / (2 * kMaxRows) / num_out;
   while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
   const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
