@@ -53,7 +53,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     add("--verify-widths", type=options.positive, nargs="+", default=(), help="block sizes each round chooses among")
     add("--calibration", type=Path, help="of --verify-widths; survival.json beside the drafter by default")
     add("--batch-size", type=options.positive, default=1, help="prompts decoded together")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations, caches, wider weights")
+    add("--draft-weights", choices=("float32", "bfloat16"), help="round the drafter's to it; --dtype by default")
     add("--mesh", type=options.mesh, help="devices to split both models over, as model=8 or data=2,model=4")
     add("--no-head", action="store_true", help="draft from the base logits alone")
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
@@ -77,8 +78,9 @@ def _run(args: argparse.Namespace) -> None:
         str(resolve_directory(args.target)), prompts, args.stop_ids, enable_thinking=args.enable_thinking
     )
     layout = find_layout(args.mesh) if args.mesh else None
-    target_config, target_params = load_target(args.target, args.dtype, layout)
-    draft = load_draft(args.draft, args.dtype, layout) if args.draft else None
+    target_config, target_params = load_target(args.target, args.dtype, layout, keep_bfloat16=True)
+    draft_type = args.draft_weights or args.dtype
+    draft = load_draft(args.draft, draft_type, layout, keep_bfloat16=True) if args.draft else None
     if draft:
         check_draft_fits(draft.config, target_config)
         draft.config.num_draft_tokens(args.block_size)

@@ -33,6 +33,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     models.add_argument("--served-model-name", help="name in the API; the target directory's by default")
     models.add_argument("--mesh", type=options.mesh, help="devices that share both models: model=8 or data=2,model=4")
     models.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    models.add_argument("--draft-weights", choices=("float32", "bfloat16"), help="as of bench.py; --dtype by default")
     http = parser.add_argument_group("HTTP")
     http.add_argument("--host", default="127.0.0.1", help="127.0.0.1 is reachable from this machine alone")
     http.add_argument("--port", type=int, default=8000)
@@ -53,9 +54,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     engine.add_argument("--block-size", type=int, help="always this width, whatever the load; 1 is plain decoding")
     engine.add_argument("--batch-sizes", type=options.numbers, help="row counts to compile; fewer start sooner")
     engine.add_argument("--rounds-per-call", type=int, default=4)
-    engine.add_argument(
-        "--prefill-tokens", type=int, default=256, help="prompt tokens run between two calls under load"
-    )
+    engine.add_argument("--prefill-tokens", type=int, default=256, help="prompt tokens between two calls under load")
     engine.add_argument("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all")
     engine.add_argument("--draft-vocabulary", type=Path, help="tokens to draft from, as of bench.py; all by default")
     engine.add_argument("--prefix-cache-tokens", type=int, help="0 turns it off; half of the slots' own by default")
@@ -99,6 +98,7 @@ def _run(args: argparse.Namespace) -> int:
         model_id=args.served_model_name,
         mesh=args.mesh,
         dtype=args.dtype,
+        draft_weights=args.draft_weights,
         host=args.host,
         port=args.port,
         max_slots=args.max_slots,

@@ -208,7 +208,7 @@ def measure(args: argparse.Namespace) -> None:
             for batch in args.batches:
                 began = time.perf_counter()
                 costs = anatomy.measure_round(settings, params, batch, context)
-                rows = [{"size": size} | cost.to_row(rates, settings) for cost in costs]
+                rows = [{"size": size} | cost.to_row(rates, settings, params.weight_types) for cost in costs]
                 _append(args.output / "rows.jsonl", rows)
                 for row in rows:
                     shares = f"bandwidth {row['bandwidth_share']:5.2f}  products {row['flops_share']:5.3f}"

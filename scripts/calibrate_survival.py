@@ -48,8 +48,8 @@ def _run(args: argparse.Namespace) -> None:
     prompts = load_prompts(args.prompts, args.limit)
     tokenizer = None if all(p.prompt_ids is not None for p in prompts) else open_tokenizer(directory, prompts)
     stop_ids, ids = find_stop_ids(tokenizer, directory), encode_prompts(tokenizer, prompts)
-    target_config, target_params = load_target(args.target, "float32")
-    draft = load_draft(args.draft, "float32")
+    target_config, target_params = load_target(args.target, "float32", keep_bfloat16=True)
+    draft = load_draft(args.draft, "float32", keep_bfloat16=True)
     check_draft_fits(draft.config, target_config)
     for width in args.widths:
         draft.config.num_draft_tokens(width)

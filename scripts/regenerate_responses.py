@@ -152,7 +152,7 @@ def answer_by_decoder(
     claim_output(arguments.output, describe_job(writer, arguments.input, chats, settings, dtype))
     stop_ids = find_stop_ids(tokenizer, str(directory))
     monitor.say(f"target: {directory} in {dtype}")
-    decoder = Decoder(config, load_target(str(directory), dtype)[1], dtype=dtype)
+    decoder = Decoder(config, load_target(str(directory), dtype, keep_bfloat16=True)[1], dtype=dtype)
     return regenerate(decoder, tokenizer, stop_ids, chats, arguments.output, settings, monitor)
 
 

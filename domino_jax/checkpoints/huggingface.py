@@ -8,7 +8,7 @@ Source: tensor names of Hugging Face `Qwen3ForCausalLM` and of the public `Domin
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from domino_jax.checkpoints.config_json import (
 from domino_jax.checkpoints.gathered_tensors import Read, write_gathered
 from domino_jax.checkpoints.placed_tensors import TensorName, iterate_placed
 from domino_jax.checkpoints.safetensors_io import (
+    FLOAT_TYPES,
     MAX_SHARD_BYTES,
     CheckpointError,
     TensorFiles,
@@ -37,6 +38,7 @@ from domino_jax.checkpoints.safetensors_io import (
 from domino_jax.checkpoints.serving_layouts import TYPE_KEY, arrange_config, restore_public
 from domino_jax.config import DraftConfig, TargetConfig, find_misfits
 from domino_jax.durable import flush
+from domino_jax.ops.products import takes_bfloat16
 from domino_jax.shapes import Params
 from domino_jax.sharding import Layout, check_sizes
 
@@ -153,10 +155,14 @@ def read_target_config(path_or_id: str) -> tuple[TargetConfig, dict[str, Any]]:
     return parse_target_config(raw, str(file)), raw
 
 
-def load_target(path_or_id: str, dtype: str, layout: Layout | None = None) -> tuple[TargetConfig, Params]:
+def load_target(
+    path_or_id: str, dtype: str, layout: Layout | None = None, keep_bfloat16: bool = False
+) -> tuple[TargetConfig, Params]:
     """Return a target's config and its parameters in `dtype`, laid out; a process reads its own devices' parts alone.
 
-    A tied target has no `lm_head`; one in the files is not read.
+    A tied target has no `lm_head`; one in the files is not read. With `keep_bfloat16` matrices that are stored in that
+    type stay in it where products take them so (`products.takes_bfloat16`): half the memory, half to read a step, and
+    the same numbers.
 
     Raises:
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
@@ -166,7 +172,7 @@ def load_target(path_or_id: str, dtype: str, layout: Layout | None = None) -> tu
     config, _ = read_target_config(str(directory))
     check_sizes(layout, config, None)
     ignored = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype, layout)
+    return config, _read_params(TensorFiles(directory), target_table(config), ignored, dtype, layout, keep_bfloat16)
 
 
 def read_draft_config(path_or_id: str) -> tuple[DraftConfig, dict[str, Any]]:
@@ -182,15 +188,16 @@ def read_draft_config(path_or_id: str) -> tuple[DraftConfig, dict[str, Any]]:
     return parse_draft_config(raw, str(file)), raw
 
 
-def load_draft(path_or_id: str, dtype: str, layout: Layout | None = None) -> LoadedDraft:
-    """Return a drafter in the public layout or that of speculators, in `dtype`, laid out as those of `load_target`.
+def load_draft(path_or_id: str, dtype: str, layout: Layout | None = None, keep_bfloat16: bool = False) -> LoadedDraft:
+    """Return a drafter in the public layout or that of speculators; its parameters as those of `load_target`.
 
     Raises:
         CheckpointError: the checkpoint is not there, not supported or damaged, or its tensors do not fit its config.
     """
     directory = resolve_directory(path_or_id)
     config, raw = read_draft_config(str(directory))
-    return LoadedDraft(config, _read_params(TensorFiles(directory), draft_table(config), set(), dtype, layout), raw)
+    params = _read_params(TensorFiles(directory), draft_table(config), set(), dtype, layout, keep_bfloat16)
+    return LoadedDraft(config, params, raw)
 
 
 def save_target(
@@ -252,8 +259,36 @@ def check_draft_fits(draft: DraftConfig, target: TargetConfig) -> None:
         raise CheckpointError(f"the drafter does not fit the target; use the one trained for it:\n  {listing}")
 
 
+def find_kept(path_or_id: str, table: list[TensorName], dtype: str, layout: Layout | None = None) -> set[str]:
+    """Return the public names of what `keep_bfloat16` leaves in that type; reads no weights.
+
+    Raises:
+        CheckpointError: the checkpoint is not there or damaged.
+    """
+    return _find_kept(TensorFiles(resolve_directory(path_or_id)), table, dtype, layout)
+
+
+def _find_kept(files: TensorFiles, table: list[TensorName], dtype: str, layout: Layout | None) -> set[str]:
+    if layout is not None or not takes_bfloat16(dtype):
+        return set()
+    matrices = [row.public for row in table if len(row.shape) > 1 and row.public in files.stored]
+    return {name for name in matrices if files.stored[name].type_code == "BF16"}
+
+
+def shape_params(table: list[TensorName], dtype: str, kept: Collection[str] = ()) -> Params:
+    """Return shapes and types of the parameters of a table; `kept` (`find_kept`) are those that stay bfloat16."""
+    return _grow_tree(
+        (row, jax.ShapeDtypeStruct(row.tree_shape, "bfloat16" if row.public in kept else dtype)) for row in table
+    )
+
+
 def _read_params(
-    files: TensorFiles, table: list[TensorName], ignored: set[str], dtype: str, layout: Layout | None
+    files: TensorFiles,
+    table: list[TensorName],
+    ignored: set[str],
+    dtype: str,
+    layout: Layout | None,
+    keep_bfloat16: bool,
 ) -> Params:
     float_type = parse_float_type(dtype)
     stored = {n: t for n, t in files.stored.items() if n not in ignored and not _IGNORED.search(n)}
@@ -274,12 +309,18 @@ def _read_params(
         raise CheckpointError(
             f"the tensors in {files.directory} do not fit its {CONFIG_FILE}:\n  " + "\n  ".join(problems)
         )
+    bfloat16 = FLOAT_TYPES["bfloat16"]
+    kept = dict.fromkeys(_find_kept(files, table, dtype, layout), bfloat16) if keep_bfloat16 else {}
+    return _grow_tree(iterate_placed(files, table, float_type, layout, kept))
+
+
+def _grow_tree(leaves: Iterable[tuple[TensorName, Any]]) -> Params:
     tree: dict[str, Any] = {}
-    for row, array in iterate_placed(files, table, float_type, layout):
-        leaf = tree
+    for row, leaf in leaves:
+        branch = tree
         for key in row.path[:-1]:
-            leaf = leaf.setdefault(key, {})
-        leaf[row.path[-1]] = array
+            branch = branch.setdefault(key, {})
+        branch[row.path[-1]] = leaf
     return tree
 
 

@@ -13,13 +13,14 @@ over as it is, so that beside the parameters the host holds blocks only. Such an
 is donated to makes a copy. Knows no model.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import groupby
 from operator import itemgetter
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import jax
@@ -127,15 +128,20 @@ class _Places:
 
     Attributes:
         rows: rows of the table by public name.
+        types: the type each comes in.
         boxes: by public name, what each device of this process holds.
     """
 
-    def __init__(self, table: Iterable[TensorName], float_type: np.dtype, layout: Layout | None) -> None:
+    def __init__(
+        self, table: Iterable[TensorName], float_type: np.dtype, layout: Layout | None, types: Mapping[str, np.dtype]
+    ) -> None:
         self.rows = {row.public: row for row in table}
+        self.types = dict.fromkeys(self.rows, float_type) | dict(types)
         self._shardings: dict[str, NamedSharding] = {}
         if layout:
             shapes = {
-                "/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, float_type) for row in self.rows.values()
+                "/".join(row.path): jax.ShapeDtypeStruct(row.tree_shape, self.types[name])
+                for name, row in self.rows.items()
             }
             self._shardings = layout.shardings(shapes)
         self.boxes = {name: _find_boxes(row, self.sharding(row)) for name, row in self.rows.items()}
@@ -146,34 +152,44 @@ class _Places:
 
 
 def iterate_placed(
-    files: TensorFiles, table: Iterable[TensorName], float_type: np.dtype, layout: Layout | None = None
+    files: TensorFiles,
+    table: Iterable[TensorName],
+    float_type: np.dtype,
+    layout: Layout | None = None,
+    types: Mapping[str, np.dtype] = MappingProxyType({}),
 ) -> Iterator[tuple[TensorName, jax.Array]]:
     """Yield every tensor of a table, all of which the files hold; without a layout on the default device.
 
+    They come in `float_type`, those that `types` names by their public names in another.
+
     Raises:
-        CheckpointError: a file can no longer be read, or a value does not fit `float_type`.
+        CheckpointError: a file can no longer be read, or a value does not fit its type.
         ValueError: the layout knows no place for a path.
     """
     platforms = {device.platform for device in layout.mesh.devices.flat} if layout else {jax.default_backend()}
     iterate = _iterate_taken_over if platforms == {"cpu"} else iterate_staged
-    return iterate(files, table, float_type, layout)
+    return iterate(files, table, float_type, layout, types)
 
 
 def iterate_staged(
-    files: TensorFiles, table: Iterable[TensorName], float_type: np.dtype, layout: Layout | None = None
+    files: TensorFiles,
+    table: Iterable[TensorName],
+    float_type: np.dtype,
+    layout: Layout | None = None,
+    types: Mapping[str, np.dtype] = MappingProxyType({}),
 ) -> Iterator[tuple[TensorName, jax.Array]]:
     """Yield what `iterate_placed` does for accelerators, on devices of any kind."""
-    places, buffers = _Places(table, float_type, layout), _Buffers()
+    places, buffers = _Places(table, float_type, layout, types), _Buffers()
     on_devices: dict[Any, jax.Array] = {}
     in_use: list[np.ndarray] = []
 
     def read(piece: _Piece) -> dict[_Box, np.ndarray]:
         height = piece.rows[1] - piece.rows[0]
-        parts = {box: buffers.take((height, _width(box)), float_type) for box in piece.boxes}
+        parts = {box: buffers.take((height, _width(box)), places.types[piece.tensor.name]) for box in piece.boxes}
         _read_piece(piece, parts, buffers)
         return parts
 
-    for piece, parts in _one_ahead(read, _plan_pieces(files, places.boxes, float_type.itemsize)):
+    for piece, parts in _one_ahead(read, _plan_pieces(files, places)):
         row = places.rows[piece.tensor.name]
         for device, box in places.boxes[row.public].items():
             if box in parts:
@@ -188,17 +204,21 @@ def iterate_staged(
 
 
 def _iterate_taken_over(
-    files: TensorFiles, table: Iterable[TensorName], float_type: np.dtype, layout: Layout | None
+    files: TensorFiles,
+    table: Iterable[TensorName],
+    float_type: np.dtype,
+    layout: Layout | None,
+    types: Mapping[str, np.dtype],
 ) -> Iterator[tuple[TensorName, jax.Array]]:
-    places, buffers = _Places(table, float_type, layout), _Buffers()
+    places, buffers = _Places(table, float_type, layout, types), _Buffers()
     held: dict[str, dict[_Box, np.ndarray]] = {}
 
     def plan() -> Iterator[_Piece]:
-        for piece in _plan_pieces(files, places.boxes, float_type.itemsize):
+        for piece in _plan_pieces(files, places):
             name = piece.tensor.name
             if name not in held:
-                row = places.rows[name]
-                held[name] = {box: _new_part(row, box, float_type) for box in set(places.boxes[name].values())}
+                row, boxes = places.rows[name], set(places.boxes[name].values())
+                held[name] = {box: _new_part(row, box, places.types[name]) for box in boxes}
             yield piece
 
     def read(piece: _Piece) -> None:
@@ -253,11 +273,12 @@ def _find_boxes(row: TensorName, sharding: NamedSharding | None) -> dict[Any, _B
     return boxes
 
 
-def _plan_pieces(files: TensorFiles, boxes: dict[str, dict[Any, _Box]], itemsize: int) -> Iterator[_Piece]:
+def _plan_pieces(files: TensorFiles, places: _Places) -> Iterator[_Piece]:
     """Yield the pieces of every tensor, from the first byte of each file to its last: same rows are read together."""
-    for tensor in sorted((files.stored[name] for name in boxes), key=lambda tensor: (str(tensor.file), tensor.offset)):
-        plan = []
-        for (first, end), of_rows in groupby(sorted(set(boxes[tensor.name].values())), key=itemgetter(0)):
+    tensors = [files.stored[name] for name in places.boxes]
+    for tensor in sorted(tensors, key=lambda tensor: (str(tensor.file), tensor.offset)):
+        plan, itemsize = [], places.types[tensor.name].itemsize
+        for (first, end), of_rows in groupby(sorted(set(places.boxes[tensor.name].values())), key=itemgetter(0)):
             wanted = tuple(of_rows)
             step = max(1, _PIECE_BYTES // max(1, itemsize * sum(map(_width, wanted))))
             plan += [((start, min(start + step, end)), wanted) for start in range(first, end, step)]

@@ -1,8 +1,9 @@
-"""Drafting from part of the vocabulary: its tokens by how often the target writes them, as JSON, and the cut weights.
+"""What drafts come from: part of the vocabulary, by how often the target writes its tokens (JSON), and its weights.
 
 A drafter reads the target's whole LM head every round although a few thousand tokens are nearly all that is ever
 written. With a draft vocabulary it reads the rows of those. Tokens outside are never drafted, so a round that comes to
-one ends there; what is committed is the target's own in any case.
+one ends there; what is committed is the target's own in any case. A drafter whose weights are bfloat16 reads its rows
+in that type too.
 
 Source: FR-Spec, arXiv 2502.14856; EAGLE-3's draft vocabulary.
 """
@@ -18,9 +19,11 @@ import numpy as np
 from domino_jax.config import ConfigError
 from domino_jax.decoding.state import DraftVocabulary, ModelParams
 from domino_jax.durable import write_atomically
+from domino_jax.ops.products import takes_bfloat16
 from domino_jax.shapes import Array, Int
 from domino_jax.sharding import Layout, activate
 
+_TABLES = "embed_tokens", "lm_head"
 _HOW = "make one with scripts/choose_draft_vocabulary.py"
 
 
@@ -87,6 +90,38 @@ def load_draft_vocabulary(path: Path | None, vocab_size: int) -> Int[np.ndarray,
     return token_ids
 
 
+def prepare_drafting(
+    params: ModelParams, token_ids: Int[np.ndarray, " U"] | None, dtype: str, layout: Layout | None = None
+) -> ModelParams:
+    """Return parameters that draft from `token_ids`, None: all, with activations in `dtype`.
+
+    Where the drafter's weights are bfloat16, the target's are not, and products take them so, it drafts from copies of
+    embedding and LM head in that type.
+
+    Raises:
+        DraftVocabularyError: `token_ids` are no different ids of the target, ascending.
+    """
+    params = params if token_ids is None else limit_vocabulary(params, token_ids, layout)
+    if params.draft is None or layout is not None or not takes_bfloat16(dtype):
+        return params
+    dtype = params.draft["backbone"]["fc"].dtype
+    vocabulary = params.vocabulary or DraftVocabulary(None, **_read_tables(params))
+    tables = {name: getattr(vocabulary, name) for name in _TABLES}
+    wide = {name: table for name, table in tables.items() if table is not None and table.dtype != dtype}
+    if dtype != jnp.bfloat16 or not wide:
+        return params
+    return params.replace(vocabulary=vocabulary.replace(**{name: table.astype(dtype) for name, table in wide.items()}))
+
+
+def _read_tables(params: ModelParams) -> dict[str, Array]:
+    """Return the target's tables that drafting reads.
+
+    A head looks up what was drafted; without one the embedding serves as LM head only, where the two are tied.
+    """
+    names = _TABLES if "head" in params.draft else _TABLES[1:] if "lm_head" in params.target else _TABLES[:1]
+    return {name: params.target[name] for name in names if name in params.target}
+
+
 def limit_vocabulary(
     params: ModelParams, token_ids: Int[np.ndarray, " U"], layout: Layout | None = None
 ) -> ModelParams:
@@ -100,12 +135,6 @@ def limit_vocabulary(
     assert params.draft is not None
     check_token_ids(token_ids, params.target["embed_tokens"].shape[0])
     head = params.draft.get("head")
-    # A head looks up what was drafted; without one the embedding serves as LM head only, where the two are tied.
-    names = [
-        name
-        for name in ("embed_tokens", "lm_head")
-        if name in params.target and (name == "lm_head" or head or "lm_head" not in params.target)
-    ]
 
     def cut(target: dict, up: Array | None, token_ids: Array) -> tuple[DraftVocabulary, Array | None]:
         vocabulary = DraftVocabulary(token_ids, **{name: weight[token_ids] for name, weight in target.items()})
@@ -113,8 +142,7 @@ def limit_vocabulary(
         found = layout.constrain(found) if layout else found
         return found["vocabulary"], found["head"]["up"]
 
-    tables = {name: params.target[name] for name in names}
     with activate(layout):
-        vocabulary, up = jax.jit(cut)(tables, head and head["up"], jnp.asarray(token_ids, jnp.int32))
+        vocabulary, up = jax.jit(cut)(_read_tables(params), head and head["up"], jnp.asarray(token_ids, jnp.int32))
     draft = params.draft if head is None else {**params.draft, "head": {**head, "up": up}}
     return params.replace(draft=draft, vocabulary=vocabulary)

@@ -15,7 +15,7 @@ import numpy as np
 from domino_jax.config import AcceptanceRule, DraftConfig, SamplingConfig, TargetConfig, find_misfits
 from domino_jax.decoding.adaptive_width import FREE, decode_adaptive, measure_costs
 from domino_jax.decoding.cache_growth import decode_growing
-from domino_jax.decoding.draft_vocabulary import limit_vocabulary
+from domino_jax.decoding.draft_vocabulary import prepare_drafting
 from domino_jax.decoding.initial_state import init_last_hidden, init_state, round_up
 from domino_jax.decoding.plain import decode_plain
 from domino_jax.decoding.prefill import choose_first, prefill_chunk, split_into_chunks
@@ -64,7 +64,7 @@ class Decoder:
         calibration: SurvivalCalibration | None = None,
         draft_vocabulary: Int[np.ndarray, " U"] | None = None,
     ) -> None:
-        """Hold both models; `dtype` names the activation and cache type.
+        """Hold both models; `dtype` names the activation and cache type; weights may be bfloat16 in any case.
 
         With a layout parameters and caches are split over its mesh, and rows over `data`; the text is the same.
         `num_candidates` tokens a slot are corrected by the head (`DecodeSettings`), 0: the whole vocabulary, None: the
@@ -96,9 +96,7 @@ class Decoder:
         )
         params = ModelParams(target_params, draft_params)
         params = layout.place(params) if layout else params
-        if draft_vocabulary is not None:
-            params = limit_vocabulary(params, draft_vocabulary, layout)
-        self.params = params
+        self.params = prepare_drafting(params, draft_vocabulary, dtype, layout)
         self.layout = layout
         self.calibration = calibration
         self.last_timings = Timings(0.0, 0.0)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
 from domino_jax.models.domino_head import DominoHead, update_state
 from domino_jax.models.qwen3 import embed_tokens
-from domino_jax.ops.products import einsum_in_float32
+from domino_jax.ops.products import cast_weight, einsum_in_float32
 from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import SamplingParams, add_noise, gumbel_noise, row_probabilities, scale_and_filter
 from domino_jax.ops.vocabulary import choose, choose_and_look_up, choose_top, look_up
@@ -78,7 +78,7 @@ def choose_block(
     if settings.rule == "seed-exact":
         shared = choice_noise(settings, state) if noise is None else noise
         noise = shared[:, :-1]
-        noise = noise if params.vocabulary is None else noise[..., params.vocabulary.token_ids]
+        noise = noise if _drafts_all(params) else noise[..., params.vocabulary.token_ids]
     else:
         noise = _draft_noise(settings, state) if settings.rule == "rejection" else None
     if not (settings.draft.has_head and settings.use_head):
@@ -93,9 +93,13 @@ def choose_block(
     return _name_tokens(settings, params, proposal).replace(noise=shared)
 
 
+def _drafts_all(params: ModelParams) -> bool:
+    return params.vocabulary is None or params.vocabulary.token_ids is None
+
+
 def _name_tokens(settings: DecodeSettings, params: ModelParams, proposal: Proposal) -> Proposal:
     """Return a proposal whose tokens are ids, and whose laws are over the vocabulary, not over what may be drafted."""
-    if params.vocabulary is None:
+    if _drafts_all(params):
         return proposal
     token_ids, probs = params.vocabulary.token_ids, proposal.probs
     if probs is not None:
@@ -169,7 +173,7 @@ def _roll_out_head(
     # Whole over `data` before the loop: under fsdp each step would gather it anew.
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
     embedding = params.target["embed_tokens"] if params.vocabulary is None else params.vocabulary.embed_tokens
-    embedding = gather_parameter(embedding.astype(dtype), "embed_tokens")
+    embedding = gather_parameter(cast_weight(embedding, dtype), "embed_tokens")
     read = partial(head.apply, variables, method=DominoHead.input_gates)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
@@ -198,7 +202,7 @@ def _roll_out_head(
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None if candidates is None else variables["params"]["up"].astype(dtype).T[candidates],
+        "up": None if candidates is None else cast_weight(variables["params"]["up"], dtype).T[candidates].astype(dtype),
         "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids))),
     }
     slots = _swap_rows_and_slots(slots)

@@ -26,7 +26,7 @@ from domino_jax.decoding.state import (
     commit_tokens,
 )
 from domino_jax.models.draft_backbone import DraftBackbone
-from domino_jax.models.qwen3 import Qwen3, TargetOutput, embed_tokens, head_weight, project_to_vocabulary
+from domino_jax.models.qwen3 import Qwen3, TargetOutput, embed_tokens, project_to_vocabulary
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.precision import in_full_precision
 from domino_jax.ops.sampling import (
@@ -69,11 +69,7 @@ def backbone_block(
 
 def project_to_choices(params: ModelParams, hidden: Float[Array, "B P D"]) -> Float[Array, "B P U"]:
     """Return the base logits of the tokens that may be drafted."""
-    vocabulary = params.vocabulary
-    if vocabulary is None:
-        return project_to_vocabulary(hidden, head_weight(params.target))
-    is_tied = vocabulary.lm_head is None
-    return project_to_vocabulary(hidden, vocabulary.embed_tokens if is_tied else vocabulary.lm_head)
+    return project_to_vocabulary(hidden, params.draft_lm_head)
 
 
 def propose_block(settings: DecodeSettings, params: ModelParams, state: DecodeState) -> Proposal:

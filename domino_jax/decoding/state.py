@@ -12,6 +12,7 @@ import flax.struct
 import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig, TargetConfig
+from domino_jax.models.qwen3 import head_weight
 from domino_jax.ops.kv_cache import KVCache
 from domino_jax.ops.sampling import SamplingParams
 from domino_jax.ops.verification import first_stop, write_rows
@@ -86,11 +87,12 @@ class DraftVocabulary:
     """The tokens that may be drafted, ascending, and the target's rows of them.
 
     Attributes:
+        token_ids: None: all; the rows are in the type of the drafter's weights then, and not the target's own.
         embed_tokens: None where nothing looks them up: without a head, and with an LM head of its own.
         lm_head: None where it is tied to the embedding.
     """
 
-    token_ids: Int[Array, " U"]
+    token_ids: Int[Array, " U"] | None
     embed_tokens: Float[Array, "U D"] | None = None
     lm_head: Float[Array, "U D"] | None = None
 
@@ -101,13 +103,30 @@ class ModelParams:
     """Parameters of both models; `draft` is None for plain decoding.
 
     Attributes:
-        vocabulary: what may be drafted, where that is not all (`domino_jax.decoding.draft_vocabulary`); the drafter's
-            head has the columns of its tokens alone then.
+        vocabulary: what may be drafted, where that is not all of the target's own (`decoding.draft_vocabulary`); the
+            drafter's head has the columns of its tokens alone then.
     """
 
     target: Params
     draft: Params | None = None
     vocabulary: DraftVocabulary | None = None
+
+    @property
+    def draft_lm_head(self) -> Float[Array, "U D"]:
+        """The rows of the LM head that base logits of drafts come from."""
+        if self.vocabulary is None:
+            return head_weight(self.target)
+        return self.vocabulary.embed_tokens if self.vocabulary.lm_head is None else self.vocabulary.lm_head
+
+    @property
+    def weight_types(self) -> dict[str, str | None]:
+        """The types of the weights by whose they are, as rows of measurements have them; None without a drafter."""
+        draft = self.draft and self.draft["backbone"]["fc"].dtype.name
+        return {
+            "target_weights": self.target["layers_0"]["q_proj"].dtype.name,
+            "draft_weights": draft,
+            "draft_lm_head": draft and self.draft_lm_head.dtype.name,
+        }
 
 
 @no_type_check  # see `domino_jax.shapes`

@@ -7,10 +7,11 @@ cache it attends to, the logits it writes or reads. Knows no files.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import flax.struct
@@ -70,12 +71,15 @@ class PhaseCost:
     num_bytes: int
     num_flops: int
 
-    def to_row(self, rates: MachineRates, settings: DecodeSettings) -> dict[str, Any]:
+    def to_row(
+        self, rates: MachineRates, settings: DecodeSettings, weight_types: dict[str, str | None]
+    ) -> dict[str, Any]:
         """Return a JSON-ready row with the shares of the machine's rates that the phase reaches."""
         return asdict(self) | {
             "bandwidth_share": self.num_bytes / self.seconds / rates.bytes_per_s,
             "flops_share": self.num_flops / self.seconds / rates.flops_per_s,
             "dtype": settings.dtype,
+            **weight_types,
             "num_candidates": settings.num_candidates,
             "draft_vocab_size": settings.draft_vocab_size,
             "cpu_kernels": cpu_kernels.has_kernels_for(settings.dtype),
@@ -226,7 +230,7 @@ def measure_round(
         carry = box[0]
     phase_s["loop and host"] = round_s - sum(phase_s.values())
     phase_s |= {"round": round_s, "prefill": prefill_s}
-    work = count_work(settings, batch, context)
+    work = count_work(settings, batch, context, params.weight_types)
     return costs + [
         PhaseCost(phase, batch, context, settings.block_size, seconds, *work.get(phase, (0, 0)))
         for phase, seconds in phase_s.items()
@@ -282,7 +286,8 @@ def _measure_plain(settings: DecodeSettings, params: ModelParams, batch: int, co
         return box[0].tokens
 
     seconds = _median_seconds(run, repeats) / num_steps
-    return PhaseCost("plain step", batch, context, 1, seconds, *count_target_work(settings, batch, context, 1))
+    work = count_target_work(settings, batch, context, 1, params.weight_types)
+    return PhaseCost("plain step", batch, context, 1, seconds, *work)
 
 
 def _time_rounds(
@@ -315,14 +320,28 @@ def _time_prefill(
     return _median_seconds(run, repeats), box[0]
 
 
-def count_target_work(settings: DecodeSettings, batch: int, context: int, num_tokens: int) -> tuple[int, int]:
-    """Return bytes and operations of a target pass over `num_tokens` a row, LM head included."""
+def _item_size(settings: DecodeSettings, weight_types: Mapping[str, str | None], name: str) -> int:
+    return jnp.dtype(weight_types.get(name) or settings.dtype).itemsize
+
+
+def count_target_work(
+    settings: DecodeSettings,
+    batch: int,
+    context: int,
+    num_tokens: int,
+    weight_types: Mapping[str, str | None] = MappingProxyType({}),
+) -> tuple[int, int]:
+    """Return bytes and operations of a target pass over `num_tokens` a row, LM head included.
+
+    `weight_types` are those of `ModelParams`; what it does not name is in `settings.dtype`.
+    """
     target, item = settings.target, jnp.dtype(settings.dtype).itemsize
+    weight_item = _item_size(settings, weight_types, "target_weights")
     weights = target.num_hidden_layers * layer_size(target) + target.vocab_size * target.hidden_size
     kv_width = target.num_key_value_heads * target.head_dim
     query_width = target.num_attention_heads * target.head_dim
     cached = 2 * target.num_hidden_layers * kv_width * context * batch
-    num_bytes = item * (weights + cached) + 4 * batch * num_tokens * target.vocab_size
+    num_bytes = weight_item * weights + item * cached + 4 * batch * num_tokens * target.vocab_size
     scores = 4 * target.num_hidden_layers * query_width * context
     return num_bytes, batch * num_tokens * (2 * weights + scores)
 
@@ -334,9 +353,18 @@ def layer_size(config: Any) -> int:
     return config.hidden_size * (2 * query_width + 2 * kv_width + 3 * config.intermediate_size)
 
 
-def count_work(settings: DecodeSettings, batch: int, context: int) -> dict[str, tuple[int, int]]:
-    """Return bytes and operations of every phase of a round, of the whole round, and of a prefill chunk."""
+def count_work(
+    settings: DecodeSettings,
+    batch: int,
+    context: int,
+    weight_types: Mapping[str, str | None] = MappingProxyType({}),
+) -> dict[str, tuple[int, int]]:
+    """Return bytes and operations of every phase of a round, and of the whole round.
+
+    `weight_types` as for `count_target_work`.
+    """
     draft, item = settings.draft, jnp.dtype(settings.dtype).itemsize
+    weight_item, head_item = (_item_size(settings, weight_types, n) for n in ("draft_weights", "draft_lm_head"))
     slots, drafts, vocab, width = settings.block_size, settings.num_draft_tokens, draft.vocab_size, draft.hidden_size
     kv_width, layers = draft.num_key_value_heads * draft.head_dim, draft.num_hidden_layers
     backbone = layers * layer_size(draft)
@@ -349,16 +377,16 @@ def count_work(settings: DecodeSettings, batch: int, context: int) -> dict[str, 
     step_weights = 3 * gru * (width + gru) + rank * (gru + corrected)
     work = {
         "backbone": (
-            item * (backbone + 2 * layers * kv_width * context * batch),
+            weight_item * backbone + item * 2 * layers * kv_width * context * batch,
             batch * slots * (2 * backbone + scores),
         ),
-        "LM head": (item * choices * width + draft_logits, 2 * batch * drafts * choices * width),
+        "LM head": (head_item * choices * width + draft_logits, 2 * batch * drafts * choices * width),
         "Domino head": (
-            item * (drafts * step_weights + width * rank) + draft_logits,
+            weight_item * (drafts * step_weights + width * rank) + draft_logits,
             2 * batch * drafts * (step_weights + width * rank),
         ),
-        "verify": count_target_work(settings, batch, context, drafts + 1),
-        "context projection": (item * context_weights, 2 * batch * (drafts + 1) * context_weights),
+        "verify": count_target_work(settings, batch, context, drafts + 1, weight_types),
+        "context projection": (weight_item * context_weights, 2 * batch * (drafts + 1) * context_weights),
         "commit": (4 * batch * (drafts + 1) * vocab, 0),
     }
     if not (draft.has_head and settings.use_head):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from domino_jax.config import DraftConfig
 from domino_jax.models.draft_backbone import init_backbone_params
 from domino_jax.models.layers import INIT_STDDEV
-from domino_jax.ops.products import einsum_in_float32, multiply
+from domino_jax.ops.products import cast_weight, einsum_in_float32, multiply
 from domino_jax.shapes import Array, Float, Params
 from domino_jax.sharding import constrain, gather_parameter
 
@@ -87,7 +87,7 @@ class DominoHead(nn.Module):
         return self.expand(jax.nn.silu(inner))
 
     def _weight(self, name: str) -> Array:
-        return gather_parameter(getattr(self, name).astype(self.dtype), f"head/{name}")
+        return gather_parameter(cast_weight(getattr(self, name), self.dtype), f"head/{name}")
 
     def _touch_all(self, hidden: Array) -> Array:
         return self.correct(hidden, self.step(self.init_state(hidden.shape[:-1]), hidden))

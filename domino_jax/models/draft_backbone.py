@@ -14,7 +14,7 @@ from domino_jax.config import DraftConfig
 from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, make_layer, rms_norm, run_traced_once
 from domino_jax.ops.attention import attend_blocks
 from domino_jax.ops.kv_cache import KVCache, init_cache, write_layer
-from domino_jax.ops.products import multiply
+from domino_jax.ops.products import cast_weight, multiply
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import constrain, gather_parameter
 
@@ -40,7 +40,7 @@ class DraftBackbone(nn.Module):
 
     def project_context(self, features: Float[Array, "B T CD"]) -> Float[Array, "B T D"]:
         """Return the context vectors c = RMSNorm(fc f) of target features."""
-        weight = gather_parameter(self.fc.astype(self.dtype), "backbone/fc")
+        weight = gather_parameter(cast_weight(self.fc, self.dtype), "backbone/fc")
         features = constrain(features.astype(self.dtype), "features")
         projected = constrain(multiply(features, weight), "states")
         return rms_norm(projected, self.hidden_norm, self.config.rms_norm_eps)

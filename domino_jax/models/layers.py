@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from domino_jax.config import DraftConfig, TargetConfig
 from domino_jax.ops.attention import apply_rope, attend_causal
-from domino_jax.ops.products import multiply
+from domino_jax.ops.products import cast_weight, multiply
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import constrain, gather_parameter
 
@@ -105,7 +105,7 @@ class DecoderLayer(nn.Module):
         return constrain(x + multiply(inner, self._weight("down_proj")), "states")
 
     def _weight(self, name: str) -> Array:
-        return gather_parameter(getattr(self, name).astype(self.dtype), f"layers_0/{name}")
+        return gather_parameter(cast_weight(getattr(self, name), self.dtype), f"layers_0/{name}")
 
 
 def run_traced_once(function: Callable[..., _T], layer: DecoderLayer, *arguments: Any) -> _T:

@@ -15,7 +15,7 @@ from domino_jax.config import TargetConfig
 from domino_jax.models.layers import INIT_STDDEV, DecoderLayer, make_layer, rms_norm, run_traced_once
 from domino_jax.ops.cached_attention import attend_cached, write_deferred
 from domino_jax.ops.kv_cache import KVCache, init_cache
-from domino_jax.ops.products import multiply_turned
+from domino_jax.ops.products import cast_weight, multiply_turned
 from domino_jax.ops.vocabulary import look_up
 from domino_jax.shapes import Array, Float, Int, Params
 from domino_jax.sharding import constrain, gather_parameter
@@ -38,7 +38,7 @@ class TargetOutput:
 
 def project_to_vocabulary(hidden: Float[Array, "*batch D"], head: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
     """Return float32 logits; shared by the target and by every drafter that borrows its head."""
-    weight = gather_parameter(head.astype(hidden.dtype), "lm_head")
+    weight = gather_parameter(cast_weight(head, hidden.dtype), "lm_head")
     return constrain(multiply_turned(hidden, weight), "logits")
 
 
@@ -46,7 +46,8 @@ def embed_tokens(
     embedding: Float[Array, "V D"], token_ids: Int[Array, "*batch"], dtype: jnp.dtype
 ) -> Float[Array, "*batch D"]:
     """Return token embeddings in `dtype`; shared by the target and by every drafter that borrows its embedding."""
-    return constrain(look_up(gather_parameter(embedding.astype(dtype), "embed_tokens"), token_ids), "states")
+    table = gather_parameter(cast_weight(embedding, dtype), "embed_tokens")
+    return constrain(look_up(table, token_ids).astype(dtype), "states")
 
 
 class Qwen3(nn.Module):

@@ -2,9 +2,10 @@
 // cache takes to read, where nothing packs it first and nothing waits for it. So every kernel here walks once through
 // what is large, where and in the order it lies, asks for what comes next (prefetch), and keeps the rows near. Products
 // of more than 16 rows are bound by arithmetic: they pack a piece of the weight at a time and keep sums in registers.
+// A weight may be bfloat16, which takes half as long to read; it is widened where it is used, and sums are the same.
 //
 // Work is cut into parts by shapes alone, each part sums up in one sequence, and parts are added in theirs: no result
-// depends on threads.
+// depends on threads, and none of a product with an unturned weight on how many rows there are.
 //
 // Compiled by domino_jax/ops/cpu_kernels.py on the machine it runs on; the interface is XLA's FFI (jax.ffi).
 
@@ -16,6 +17,7 @@
 #include <initializer_list>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -27,16 +29,21 @@ namespace {
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
 constexpr int kTileRows = 8;  // rows whose sums stay in registers, with the weight's numbers beside them
+constexpr int kDotRows = 8, kDotColumns = 3;  // the same of a few rows and a turned weight, and as many of its rows
 #else
 constexpr int kLanes = 8;
 constexpr int kTileRows = 6;
+constexpr int kDotRows = 4, kDotColumns = 3;
 #endif
 constexpr int kVectors = 2;  // sums of a row that stay in registers for one step
 constexpr int64_t kBlock = kVectors * kLanes;
+constexpr int64_t kLine = 64;             // bytes of a cache line
 constexpr int kMaxRows = 16;              // rows of one walk through the weight
+constexpr int kNarrow = 8;                // rows that share one vector in products with turned weights
+constexpr int kMaxDotRows = 12;           // rows whose lanes are contracted numbers there
 constexpr int kUnroll = 4;                // the weight's rows of one step
 constexpr int64_t kAhead = 3;             // steps that are asked for in advance
-constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least; of a piece of many rows
+constexpr int64_t kPartRows = 128;        // contracted rows of a part, at least
 constexpr int64_t kMaxParts = 16;         // each has sums of its own; a power of two, for as many threads
 constexpr int64_t kShareColumns = 256;    // columns of a thread's share, at least: long pieces of the weight's rows
 constexpr int64_t kSharesPerThread = 4;   // of products of many rows: a thread that begins late has less to do
@@ -45,9 +52,35 @@ constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weigh
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
 constexpr int64_t kChunk = 256;           // positions that are attended to at a time
 constexpr float kSmallest = -126.0f;      // exponents below it are taken for 0
-constexpr int kNarrow = 8;                // rows that share one vector in products with turned weights
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), aligned(sizeof(float)), may_alias));
+typedef uint32_t Words __attribute__((vector_size(kLanes * sizeof(uint32_t))));
+typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t)), aligned(sizeof(uint16_t)), may_alias));
+
+// A bfloat16 number: the upper half of the float32 that it is, so that widening it is exact.
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename Number>
+constexpr int64_t kNumberBytes = sizeof(Number);
+
+inline Lanes load(const float* numbers) { return *reinterpret_cast<const Lanes*>(numbers); }
+
+inline Lanes load(const BFloat16* numbers) {
+  return reinterpret_cast<Lanes>(__builtin_convertvector(*reinterpret_cast<const Halves*>(numbers), Words) << 16);
+}
+
+inline void widen(const float* from, int64_t size, float* to) { std::memcpy(to, from, size * sizeof(float)); }
+
+inline void widen(const BFloat16* from, int64_t size, float* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) *reinterpret_cast<Lanes*>(to + i) = load(from + i);
+  for (; i < size; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i].bits) << 16;
+    std::memcpy(to + i, &bits, sizeof(bits));
+  }
+}
 
 // Runs work(0) ... work(num_parts - 1) on this thread and on those of the pool that are free. A part is waited for only
 // once a thread has begun it, so threads that never come are no loss.
@@ -74,16 +107,23 @@ void run_parts(ffi::ThreadPool& pool, int64_t num_parts, bool is_shared, const W
   }
 }
 
-// Scratch memory of a thread. Vectors at addresses that are no multiple of theirs take two accesses.
-float* get_scratch(int64_t size) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < static_cast<size_t>(size) + 16) memory.resize(size + 16);
-  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t{63});
+// Numbers of a row that vectors hold whole; at least one vector.
+inline int64_t fill_up(int64_t size) { return std::max<int64_t>(1, (size + kLanes - 1) / kLanes) * kLanes; }
+
+// Scratch memory of a thread, of a call and of the parts that the thread runs meanwhile.
+enum Use { kCall, kPart };
+float* get_scratch(Use use, int64_t size) {
+  thread_local std::vector<float> memories[2];
+  const size_t needed = size + kLine / sizeof(float);
+  if (memories[use].size() < needed) memories[use].resize(needed);
+  const auto address = reinterpret_cast<uintptr_t>(memories[use].data());
+  // Vectors at addresses that are no multiple of theirs take two accesses.
+  return reinterpret_cast<float*>((address + kLine - 1) & ~uintptr_t{kLine - 1});
 }
 
 // sums += x[:, :U] @ weight[:U, :num_out] for R rows. Sums lie as [blocks, R, kBlock]: one stream, whatever the strides.
-template <int R, int U>
-void add_step(const float* x, int64_t x_stride, const float* weight, int64_t weight_stride, int64_t num_out,
+template <int R, int U, typename Number>
+void add_step(const float* x, int64_t x_stride, const Number* weight, int64_t weight_stride, int64_t num_out,
               float* sums) {
   float factors[R][U];
   for (int r = 0; r < R; ++r)
@@ -108,11 +148,12 @@ void add_step(const float* x, int64_t x_stride, const float* weight, int64_t wei
   for (; o + kBlock <= num_out; o += kBlock) {
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {
-      const float* row = weight + u * weight_stride + o;
+      const Number* row = weight + u * weight_stride + o;
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        w[u][v] = reinterpret_cast<const Lanes*>(row)[v];
-        __builtin_prefetch(row + kAhead * U * weight_stride + v * kLanes, 0, 2);
+        w[u][v] = load(row + v * kLanes);
+        if (v * kLanes * kNumberBytes<Number> % kLine == 0)
+          __builtin_prefetch(row + kAhead * U * weight_stride + v * kLanes, 0, 2);
       }
     }
     add();
@@ -120,47 +161,61 @@ void add_step(const float* x, int64_t x_stride, const float* weight, int64_t wei
   if (o == num_out) return;
   for (int u = 0; u < U; ++u) {
     std::memset(w[u], 0, sizeof(w[u]));
-    std::memcpy(w[u], weight + u * weight_stride + o, (num_out - o) * sizeof(float));
+    widen(weight + u * weight_stride + o, num_out - o, reinterpret_cast<float*>(w[u]));
   }
   add();
 }
 
-using AddStep = void (*)(const float*, int64_t, const float*, int64_t, int64_t, float*);
+template <typename Number>
+using AddStep = void (*)(const float*, int64_t, const Number*, int64_t, int64_t, float*);
 
-template <int U, int... R>
-AddStep choose(int64_t num_rows, std::integer_sequence<int, R...>) {
-  static constexpr AddStep steps[] = {add_step<R + 1, U>...};
+template <int U, typename Number, int... R>
+AddStep<Number> choose(int64_t num_rows, std::integer_sequence<int, R...>) {
+  static constexpr AddStep<Number> steps[] = {add_step<R + 1, U, Number>...};
   return steps[num_rows - 1];
 }
 
-template <int U>
-AddStep choose(int64_t num_rows) {
-  return choose<U>(num_rows, std::make_integer_sequence<int, kMaxRows>());
+template <int U, typename Number>
+AddStep<Number> choose(int64_t num_rows) {
+  return choose<U, Number>(num_rows, std::make_integer_sequence<int, kMaxRows>());
 }
+
+// The parts that the contracted numbers of a product are summed up in, whatever its rows.
+struct Parts {
+  int64_t num_in, number = 1;
+
+  Parts(int64_t num_in, int64_t num_out) : num_in(num_in) {
+    const int64_t max_sums = kMaxSums / (2 * kMaxRows) / num_out;
+    while (2 * number <= std::min({num_in / kPartRows, kMaxParts, max_sums})) number *= 2;
+  }
+
+  int64_t begin(int64_t part) const {
+    return std::min(num_in, (num_in + kUnroll - 1) / kUnroll * part / number * kUnroll);
+  }
+};
 
 // out = x @ weight for at most kMaxRows rows, which take no longer than the weight takes to read: it is walked through in
 // the order it lies.
-void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
+template <typename Number>
+void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const Number* weight,
                   int64_t num_out, float* out) {
-  int64_t num_parts = 1;
-  const int64_t max_sums = kMaxSums / (2 * kMaxRows) / num_out;
-  while (2 * num_parts <= std::min({num_in / kPartRows, kMaxParts, max_sums})) num_parts *= 2;
-  const int64_t num_steps = (num_in + kUnroll - 1) / kUnroll;
+  const Parts parts(num_in, num_out);
+  const int64_t num_parts = parts.number;
   const int64_t num_blocks = (num_out + kBlock - 1) / kBlock;
   const int64_t size = num_rows * num_blocks * kBlock;
-  float* const sums = get_scratch(num_parts * size);
-  const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
+  float* const sums = get_scratch(kCall, num_parts * size);
+  const auto step = choose<kUnroll, Number>(num_rows), one = choose<1, Number>(num_rows);
   // Where there are more threads than parts they share the columns of a part.
   const int64_t max_shares = std::max<int64_t>(1, num_out / kShareColumns);
   const int64_t num_shares = std::clamp<int64_t>(pool.num_threads() / num_parts, 1, max_shares);
   run_parts(pool, num_parts * num_shares, num_in * num_out >= kShared, [=](int64_t task) {
     const int64_t part = task / num_shares, share = task % num_shares;
-    const int64_t last = std::min(num_in, num_steps * (part + 1) / num_parts * kUnroll);
+    const int64_t last = parts.begin(part + 1);
     const int64_t first_block = num_blocks * share / num_shares, last_block = num_blocks * (share + 1) / num_shares;
     const int64_t column = first_block * kBlock, width = std::min(num_out, last_block * kBlock) - column;
     float* const own = sums + part * size + column * num_rows;
     std::memset(own, 0, (last_block - first_block) * kBlock * num_rows * sizeof(float));
-    int64_t i = num_steps * part / num_parts * kUnroll;
+    int64_t i = parts.begin(part);
     for (; i + kUnroll <= last; i += kUnroll) step(x + i, num_in, weight + i * num_out + column, num_out, width, own);
     for (; i < last; ++i) one(x + i, num_in, weight + i * num_out + column, num_out, width, own);
   });
@@ -179,9 +234,9 @@ void multiply_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64
 struct Piece {
   int64_t num_in, depth, num_out;
   const float* packed;  // the weight's numbers, [depth, kBlock]
-  const float* ahead;   // is asked for meanwhile, a step further for every row of the weight
-  int64_t ahead_step;
-  bool is_first;  // of a panel: sums begin with it
+  const void* ahead;    // is asked for meanwhile, so many bytes further for every row of the weight
+  int64_t ahead_bytes;
+  bool is_first;  // of the parts: sums begin with it
 };
 
 // out (+)= x[:, :depth] @ packed for R rows, whose sums stay in registers.
@@ -189,8 +244,8 @@ template <int R>
 void multiply_tile(const Piece& piece, const float* x, float* out) {
   Lanes sums[R][kVectors] = {};
   const Lanes* w = reinterpret_cast<const Lanes*>(piece.packed);
-  const float* ahead = piece.ahead;
-  for (int64_t i = 0; i < piece.depth; ++i, w += kVectors, ahead += piece.ahead_step) {
+  const char* ahead = static_cast<const char*>(piece.ahead);
+  for (int64_t i = 0; i < piece.depth; ++i, w += kVectors, ahead += piece.ahead_bytes) {
     __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
@@ -218,32 +273,39 @@ MultiplyTile choose_tile(int64_t num_rows, std::integer_sequence<int, R...>) {
 
 // out = x @ weight for more rows, whose sums would not stay near: a panel of columns at a time, which threads share, a
 // piece of it at a time, packed, and of that as many rows as registers hold. Meanwhile the next piece comes.
-void multiply_many(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const float* weight,
+template <typename Number>
+void multiply_many(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const Number* weight,
                    int64_t num_out, float* out) {
+  const Parts parts(num_in, num_out);
+  int64_t longest = 0;
+  for (int64_t part = 0; part < parts.number; ++part)
+    longest = std::max(longest, parts.begin(part + 1) - parts.begin(part));
   const int64_t num_panels = (num_out + kBlock - 1) / kBlock;
-  const int64_t num_parts = std::min<int64_t>(num_panels, kSharesPerThread * pool.num_threads());
+  const int64_t num_shares = std::min<int64_t>(num_panels, kSharesPerThread * pool.num_threads());
   const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
-  run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
-    float* const packed = get_scratch((kPartRows + num_rows) * kBlock);
-    float* const rest = packed + kPartRows * kBlock;  // sums of the last columns, which fill no panel
-    for (int64_t panel = num_panels * part / num_parts; panel < num_panels * (part + 1) / num_parts; ++panel) {
+  run_parts(pool, num_shares, num_in * num_out >= kShared, [=](int64_t share) {
+    float* const packed = get_scratch(kPart, (longest + num_rows) * kBlock);
+    float* const rest = packed + longest * kBlock;  // sums of the last columns, which fill no panel
+    for (int64_t panel = num_panels * share / num_shares; panel < num_panels * (share + 1) / num_shares; ++panel) {
       const int64_t column = panel * kBlock, width = std::min(kBlock, num_out - column);
       float* const sums = width < kBlock ? rest : out + column;
       const int64_t stride = width < kBlock ? kBlock : num_out;
-      for (int64_t first = 0; first == 0 || first < num_in; first += kPartRows) {
-        const int64_t depth = std::min(kPartRows, num_in - first);
-        const float* from = weight + first * num_out + column;
+      for (int64_t part = 0; part < parts.number; ++part) {
+        const int64_t first = parts.begin(part), depth = parts.begin(part + 1) - first;
+        const Number* from = weight + first * num_out + column;
         for (int64_t i = 0; i < depth; ++i) {
           if (width < kBlock) std::memset(packed + i * kBlock, 0, kBlock * sizeof(float));
-          std::memcpy(packed + i * kBlock, from + i * num_out, width * sizeof(float));
+          widen(from + i * num_out, width, packed + i * kBlock);
         }
-        const bool is_last = first + kPartRows >= num_in;
-        const float* next = is_last ? weight + std::min(column + kBlock, num_out - 1) : from + kPartRows * num_out;
+        const bool is_last = part + 1 == parts.number;
+        const Number* next = is_last ? weight + std::min(column + kBlock, num_out - 1) : from + depth * num_out;
         for (int64_t tile = 0; tile < num_tiles; ++tile) {
           const int64_t row = num_rows * tile / num_tiles;
-          const bool is_asking = tile < kVectors;  // each for another vector of the rows
-          const Piece piece = {num_in, depth, stride, packed, is_asking ? next + tile * kLanes : x,
-                               is_asking ? num_out : 0, first == 0};
+          constexpr int64_t kNumbers = kLine / kNumberBytes<Number>;
+          const bool is_asking = tile < kBlock / kNumbers;  // each for another line of the rows
+          const void* const ahead = is_asking ? static_cast<const void*>(next + tile * kNumbers) : x;
+          const Piece piece = {num_in, depth, stride, packed, ahead, is_asking ? num_out * kNumberBytes<Number> : 0,
+                               part == 0};
           choose_tile(num_rows * (tile + 1) / num_tiles - row, std::make_integer_sequence<int, kTileRows>())(
               piece, x + row * num_in + first, sums + row * stride);
         }
@@ -255,73 +317,254 @@ void multiply_many(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int6
   });
 }
 
-ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
+bool is_known(const ffi::AnyBuffer& weight) {
+  return weight.element_type() == ffi::F32 || weight.element_type() == ffi::BF16;
+}
+
+template <typename Number>
+void multiply(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const void* weight,
+              int64_t num_out, float* out) {
+  const auto multiply = num_rows <= kMaxRows ? multiply_few<Number> : multiply_many<Number>;
+  multiply(pool, x, num_rows, num_in, static_cast<const Number*>(weight), num_out, out);
+}
+
+ffi::Error multiply_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
                          ffi::ResultBuffer<ffi::F32> out) {
+  if (weight.dimensions().size() != 2 || weight.dimensions()[0] != x.dimensions()[1])
+    return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
   const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[1];
-  if (weight.dimensions()[0] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [in, out] differ");
+  if (!is_known(weight)) return ffi::Error::InvalidArgument("weight is neither float32 nor bfloat16");
   if (num_rows * num_out == 0) return ffi::Error::Success();
-  const auto multiply = num_rows <= kMaxRows ? multiply_few : multiply_many;
-  multiply(pool, x.typed_data(), num_rows, num_in, weight.typed_data(), num_out, out->typed_data());
+  const auto run = weight.element_type() == ffi::F32 ? multiply<float> : multiply<BFloat16>;
+  run(pool, x.typed_data(), num_rows, num_in, weight.untyped_data(), num_out, out->typed_data());
   return ffi::Error::Success();
 }
 
-// out[:, v : v + N] = x @ weight[v : v + N, :].T for up to W * V rows; packed holds x as [in, W * V], and so lie the sums:
-// every lane is a row, and one number of the weight is multiplied with all of them.
+// Up to W * V rows of x for products with a turned weight, packed as [in, W * V]: every lane is a row, and one number of
+// the weight is multiplied with all of them. The sums lie alike.
+struct Columns {
+  int64_t num_rows, num_in, num_out;
+  const float* packed;
+  const char* ahead;  // is asked for meanwhile: rows of so many bytes, a line whenever i & mask is 0, so many bytes an i
+  int64_t ahead_bytes, mask, number_bytes;
+};
+
+// out[:, :N] = x @ weight[:N, :].T
 template <int W, int V, int N>
-void dot_rows(const float* packed, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, float* out) {
+void dot_rows(const Columns& columns, const float* weight, float* out) {
   typedef float Rows __attribute__((vector_size(W * sizeof(float)), aligned(sizeof(float)), may_alias));
   Rows sums[V][N] = {};
-  const Rows* x = reinterpret_cast<const Rows*>(packed);
-  for (int64_t i = 0; i < num_in; ++i, x += V) {
+  const Rows* x = reinterpret_cast<const Rows*>(columns.packed);
+  for (int64_t i = 0; i < columns.num_in; ++i, x += V) {
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
-      const float number = weight[n * num_in + i];
+      const float number = weight[n * columns.num_in + i];
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sums[v][n] += x[v] * number;
     }
-    if (i % 16 == 0)
-      for (int n = 0; n < N; ++n) __builtin_prefetch(weight + (n + N) * num_in + i, 0, 2);
+    if ((i & columns.mask) == 0)
+      for (int n = 0; n < N; ++n)
+        __builtin_prefetch(columns.ahead + n * columns.ahead_bytes + i * columns.number_bytes, 0, 2);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < V; ++v)
-    for (int64_t r = 0; r < std::min<int64_t>(W, num_rows - v * W); ++r)
-      for (int n = 0; n < N; ++n) out[(v * W + r) * num_out + n] = sums[v][n][r];
+    for (int64_t r = 0; r < std::min<int64_t>(W, columns.num_rows - v * W); ++r)
+      for (int n = 0; n < N; ++n) out[(v * W + r) * columns.num_out + n] = sums[v][n][r];
 }
 
-// out[:, first : last], tile by tile; a last tile that is not full begins sooner.
-template <int W, int V>
-void dot_part(const float* packed, int64_t num_rows, int64_t num_in, const float* weight, int64_t num_out, int64_t first,
-              int64_t last, float* out) {
-  constexpr int kTile = V == 1 ? 8 : 6;  // as many sums as there are registers
-  for (int64_t v = first; v < last; v += kTile) {
-    if (last - first < kTile) {
-      dot_rows<W, V, 1>(packed, num_rows, num_in, weight + v * num_in, num_out, out + v);
-      v += 1 - kTile;
-    } else {
-      const int64_t start = std::min(v, last - kTile);
-      dot_rows<W, V, kTile>(packed, num_rows, num_in, weight + start * num_in, num_out, out + start);
-    }
+// What all parts of a product with a turned weight share.
+template <typename Number>
+struct Turned {
+  int64_t num_rows, num_in, num_out;
+  const float* packed;  // [groups, in, W * V]
+  const Number* weight;
+  float* out;
+};
+
+// out[:, v : v + N], group by group of rows; numbers of another type are widened once for all of them.
+template <int W, int V, int N, typename Number>
+void dot_tile(const Turned<Number>& turned, int64_t v) {
+  const int64_t num_in = turned.num_in, row_bytes = num_in * kNumberBytes<Number>;
+  const Number* const tile = turned.weight + v * num_in;
+  const float* numbers;
+  if constexpr (std::is_same_v<Number, float>) {
+    numbers = tile;
+  } else {
+    float* const wide = get_scratch(kPart, N * num_in);
+    widen(tile, N * num_in, wide);
+    numbers = wide;
+  }
+  for (int64_t row = 0; row < turned.num_rows; row += W * V) {
+    const int64_t mask = row == 0 ? kLine / kNumberBytes<Number> - 1 : -1;  // the first group asks for the next tile
+    const Columns columns = {std::min<int64_t>(W * V, turned.num_rows - row), num_in, turned.num_out,
+                             turned.packed + row * num_in, reinterpret_cast<const char*>(tile + N * num_in), row_bytes,
+                             mask, kNumberBytes<Number>};
+    dot_rows<W, V, N>(columns, numbers, turned.out + row * turned.num_out + v);
   }
 }
 
-ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> weight,
-                                ffi::ResultBuffer<ffi::F32> out) {
-  const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[0];
-  if (weight.dimensions()[1] != num_in) return ffi::Error::InvalidArgument("x [rows, in] and weight [out, in] differ");
-  if (num_rows > kMaxRows) return ffi::Error::InvalidArgument("more than 16 rows");
+// out[:, first : last], tile by tile; a last tile that is not full begins sooner.
+template <int W, int V, typename Number>
+void dot_part(const Turned<Number>& turned, int64_t first, int64_t last) {
+  constexpr int kTile = V == 1 ? 8 : 6;  // as many sums as there are registers
+  if (last - first < kTile) {
+    for (int64_t v = first; v < last; ++v) dot_tile<W, V, 1>(turned, v);
+  } else {
+    for (int64_t v = first; v < last; v += kTile) dot_tile<W, V, kTile>(turned, std::min(v, last - kTile));
+  }
+}
+
+template <typename Number>
+void multiply_turned(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const Number* weight,
+                     int64_t num_out, float* out) {
   const bool is_narrow = num_rows <= kNarrow;
-  const int64_t width = is_narrow ? kNarrow : kMaxRows;
-  float* const packed = get_scratch(width * num_in);
-  std::memset(packed, 0, width * num_in * sizeof(float));
+  const int64_t width = is_narrow ? kNarrow : kMaxRows, num_groups = (num_rows + width - 1) / width;
+  float* const packed = get_scratch(kCall, num_groups * num_in * width);
+  std::memset(packed, 0, num_groups * num_in * width * sizeof(float));
   for (int64_t row = 0; row < num_rows; ++row)
-    for (int64_t i = 0; i < num_in; ++i) packed[i * width + row] = x.typed_data()[row * num_in + i];
-  const auto dot = is_narrow ? dot_part<kNarrow, 1> : dot_part<kLanes, kMaxRows / kLanes>;
-  const float* const numbers = weight.typed_data();
-  float* const result = out->typed_data();
+    for (int64_t i = 0; i < num_in; ++i) packed[(row / width * num_in + i) * width + row % width] = x[row * num_in + i];
+  const Turned<Number> turned = {num_rows, num_in, num_out, packed, weight, out};
+  const auto dot = is_narrow ? dot_part<kNarrow, 1, Number> : dot_part<kLanes, kMaxRows / kLanes, Number>;
   const int64_t num_parts = std::max<int64_t>(1, num_in * num_out / kTurnedPart);
   run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
-    dot(packed, num_rows, num_in, numbers, num_out, num_out * part / num_parts, num_out * (part + 1) / num_parts, result);
+    dot(turned, num_out * part / num_parts, num_out * (part + 1) / num_parts);
   });
+}
+
+#ifdef __clang__
+#define SHUFFLE(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#else
+#define SHUFFLE(x, y, ...) __builtin_shuffle(x, y, Words{__VA_ARGS__})
+#endif
+
+// Of every four lanes (0 1 2 3) of x and y: x0 + x2, y0 + y2, x1 + x3, y1 + y3.
+inline Lanes add_halves(Lanes x, Lanes y) {
+#ifdef __AVX512F__
+  return SHUFFLE(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29) +
+         SHUFFLE(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+#else
+  return SHUFFLE(x, y, 0, 8, 1, 9, 4, 12, 5, 13) + SHUFFLE(x, y, 2, 10, 3, 11, 6, 14, 7, 15);
+#endif
+}
+
+// Of every four lanes of x and y: x0 + x2, x1 + x3, y0 + y2, y1 + y3.
+inline Lanes add_pairs(Lanes x, Lanes y) {
+#ifdef __AVX512F__
+  return SHUFFLE(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+         SHUFFLE(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+#else
+  return SHUFFLE(x, y, 0, 1, 8, 9, 4, 5, 12, 13) + SHUFFLE(x, y, 2, 3, 10, 11, 6, 7, 14, 15);
+#endif
+}
+
+typedef float Four __attribute__((vector_size(4 * sizeof(float)), aligned(sizeof(float)), may_alias));
+
+// The sums of four vectors' numbers.
+inline Four sum_up(Lanes x, Lanes y, Lanes z, Lanes w) {
+  const Lanes all = add_pairs(add_halves(x, y), add_halves(z, w));
+  Four parts[kLanes / 4];
+  std::memcpy(parts, &all, sizeof(all));
+#pragma GCC unroll 2
+  for (int half = kLanes / 8; half > 0; half /= 2)
+#pragma GCC unroll 2
+    for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+  return parts[0];
+}
+
+// out[:R, :N] = x[:R] @ weight[:N].T, a vector of the contracted numbers at a time; `ahead` is asked for meanwhile. Rows of
+// x begin at multiples of a line, and zeros fill their last vector.
+template <int R, int N, typename Number>
+void dot_few(const float* x, const Number* weight, int64_t num_in, const Number* ahead, float* out, int64_t num_out) {
+  const int64_t stride = fill_up(num_in), num_whole = num_in / kLanes * kLanes;
+  Lanes sums[R][N] = {};
+  auto add = [&](const float* rows, const Number* w, int64_t w_stride) {
+    Lanes numbers[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) numbers[n] = load(w + n * w_stride);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      Lanes row = load(rows + r * stride);
+#ifdef __AVX512F__
+      __asm__("" : "+v"(row));  // else it is read again for every product
+#endif
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sums[r][n] += row * numbers[n];
+    }
+  };
+  if (num_whole < num_in) {
+    Number rest[N * kLanes] = {};
+    for (int n = 0; n < N; ++n)
+      std::memcpy(rest + n * kLanes, weight + n * num_in + num_whole, (num_in - num_whole) * sizeof(Number));
+    add(x + num_whole, rest, kLanes);
+  }
+  for (int64_t i = 0; i < num_whole; i += kLanes) {
+    if (i % (kLine / kNumberBytes<Number>) == 0)
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) __builtin_prefetch(ahead + n * num_in + i, 0, 2);
+    add(x + i, weight + i, num_in);
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 2
+    for (int r = 0; r < R; r += 4) {
+      auto row = [&](int i) { return r + i < R ? sums[r + i][n] : Lanes{}; };
+      const Four four = sum_up(row(0), row(1), row(2), row(3));
+      for (int i = 0; i < std::min(4, R - r); ++i) out[(r + i) * num_out + n] = four[i];
+    }
+}
+
+template <typename Number>
+using DotFew = void (*)(const float*, const Number*, int64_t, const Number*, float*, int64_t);
+
+template <int N, typename Number, int... R>
+DotFew<Number> choose_dot_few(int64_t num_rows, std::integer_sequence<int, R...>) {
+  static constexpr DotFew<Number> dots[] = {dot_few<R + 1, N, Number>...};
+  return dots[num_rows - 1];
+}
+
+// The same for a few rows, of which many lanes would be empty: lanes are contracted numbers, to be summed up at the end.
+// Where the weight takes longer to read than either takes to multiply, as float32 does, nothing is won.
+template <typename Number>
+void multiply_turned_few(ffi::ThreadPool& pool, const float* x, int64_t num_rows, int64_t num_in, const Number* weight,
+                         int64_t num_out, float* out) {
+  const int64_t num_parts = std::max<int64_t>(1, num_in * num_out / kTurnedPart);
+  const int64_t num_groups = (num_rows + kDotRows - 1) / kDotRows, stride = fill_up(num_in);
+  float* const rows = get_scratch(kCall, num_rows * stride);
+  for (int64_t row = 0; row < num_rows; ++row) {
+    std::memset(rows + (row + 1) * stride - kLanes, 0, kLanes * sizeof(float));
+    std::memcpy(rows + row * stride, x + row * num_in, num_in * sizeof(float));
+  }
+  run_parts(pool, num_parts, num_in * num_out >= kShared, [=](int64_t part) {
+    const int64_t first = num_out * part / num_parts, last = num_out * (part + 1) / num_parts;
+    auto multiply = [&](int64_t v, auto width) {
+      constexpr int N = decltype(width)::value;
+      const Number* const tile = weight + v * num_in;
+      for (int64_t group = 0; group < num_groups; ++group) {
+        const int64_t row = num_rows * group / num_groups, end = num_rows * (group + 1) / num_groups;
+        choose_dot_few<N, Number>(end - row, std::make_integer_sequence<int, kDotRows>())(
+            rows + row * stride, tile, num_in, group == 0 ? tile + N * num_in : tile, out + row * num_out + v, num_out);
+      }
+    };
+    int64_t v = first;
+    for (; v + kDotColumns <= last; v += kDotColumns) multiply(v, std::integral_constant<int, kDotColumns>());
+    for (; v < last; ++v) multiply(v, std::integral_constant<int, 1>());
+  });
+}
+
+ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer weight,
+                                ffi::ResultBuffer<ffi::F32> out) {
+  if (weight.dimensions().size() != 2 || weight.dimensions()[1] != x.dimensions()[1])
+    return ffi::Error::InvalidArgument("x [rows, in] and weight [out, in] differ");
+  if (!is_known(weight)) return ffi::Error::InvalidArgument("weight is neither float32 nor bfloat16");
+  const int64_t num_rows = x.dimensions()[0], num_in = x.dimensions()[1], num_out = weight.dimensions()[0];
+  if (weight.element_type() == ffi::F32) {
+    const auto* numbers = static_cast<const float*>(weight.untyped_data());
+    multiply_turned(pool, x.typed_data(), num_rows, num_in, numbers, num_out, out->typed_data());
+  } else {
+    const auto* numbers = static_cast<const BFloat16*>(weight.untyped_data());
+    const auto run = num_rows <= kMaxDotRows ? multiply_turned_few<BFloat16> : multiply_turned<BFloat16>;
+    run(pool, x.typed_data(), num_rows, num_in, numbers, num_out, out->typed_data());
+  }
   return ffi::Error::Success();
 }
 
@@ -359,7 +602,7 @@ void attend_part(const Rows& rows, float* scratch) {
   float largest[kMaxRows], total[kMaxRows] = {};
   std::fill(largest, largest + kMaxRows, -INFINITY);
   const int64_t length = *std::max_element(rows.limits, rows.limits + num_rows);
-  const AddStep step = choose<kUnroll>(num_rows), one = choose<1>(num_rows);
+  const auto step = choose<kUnroll, float>(num_rows), one = choose<1, float>(num_rows);
   for (int64_t first = 0; first < length; first += kChunk) {
     const int64_t width = std::min(kChunk, length - first), num_score_blocks = (width + kBlock - 1) / kBlock;
     std::memset(scores, 0, num_score_blocks * kBlock * num_rows * sizeof(float));
@@ -435,7 +678,7 @@ ffi::Error attend_cached(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> queries, ff
     rows.num_rows = std::min<int64_t>(kMaxRows, all - row);
     rows.head_dim = head_dim;
     rows.num_positions = num_positions;
-    float* const scaled = get_scratch(kMaxRows * (2 * head_dim + kBlock + kChunk));
+    float* const scaled = get_scratch(kPart, kMaxRows * (2 * head_dim + kBlock + kChunk));
     for (int64_t r = 0; r < rows.num_rows; ++r) {
       const int64_t token = (row + r) / num_groups, head = k * num_groups + (row + r) % num_groups;
       const int64_t place = ((b * num_tokens + token) * num_heads + head) * head_dim;
@@ -457,14 +700,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MultiplyRows, multiply_rows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(MultiplyTurnedRows, multiply_turned_rows,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendCached, attend_cached,

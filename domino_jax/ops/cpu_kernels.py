@@ -1,8 +1,9 @@
 """Products of a few rows and attention of a few tokens on a CPU, by kernels of our own (`cpu_kernels.cc`).
 
-In: float32 rows, and a weight or a cache that lies on one device. Out: what XLA would give, without packing what is
-large. The machine's own C++ compiler makes the kernels when they are first needed, for the CPU at hand; they are kept
-in the user's cache folder. Where there is no compiler nothing fails: `has_kernels_for` says so, and all stays with XLA.
+In: float32 rows, and a weight (float32 or bfloat16) or a cache that lies on one device. Out: what XLA would give of
+float32 factors, without packing what is large. The machine's own C++ compiler makes the kernels when they are first
+needed, for the CPU at hand; they are kept in the user's cache folder. Where there is no compiler nothing fails:
+`has_kernels_for` says so, and all stays with XLA.
 
 Source: XLA's foreign function interface as `jax.ffi` describes it.
 """
@@ -51,13 +52,13 @@ def has_kernels_for(dtype: str | jnp.dtype) -> bool:
 
 @jax.custom_jvp
 def multiply_rows(x: Float[Array, "T I"], weight: Float[Array, "I O"]) -> Float[Array, "T O"]:
-    """Return `x @ weight`, both float32, on a CPU that has kernels; meant for up to 128 rows."""
+    """Return `x @ weight` of float32 rows on a CPU that has kernels; meant for up to 128 rows."""
     return _call("MultiplyRows", (x.shape[0], weight.shape[1]), x, weight)
 
 
 @jax.custom_jvp
 def multiply_turned_rows(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """Return `x @ weight.T`, both float32, on a CPU that has kernels; meant for up to 16 rows."""
+    """Return `x @ weight.T` of float32 rows on a CPU that has kernels; meant for up to 128 rows."""
     return _call("MultiplyTurnedRows", (x.shape[0], weight.shape[0]), x, weight)
 
 

@@ -24,8 +24,21 @@ _KERNEL_ROWS = range(1, 129)
 _FEW_ROWS = range(3, 33)
 """Rows that are kept from YNNPACK on a CPU, where there is none."""
 
-_KERNEL_TURNED_ROWS = range(1, 17)
-"""Rows that a CPU gives to a kernel of our own for products with a turned weight, where there is one."""
+
+def cast_weight(weight: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """Return a weight as products of activations in `dtype` take it: in `dtype`, or as it is where that is as good.
+
+    Kernels of a CPU widen the numbers of a bfloat16 weight as they read them: half the bytes, the same products.
+    """
+    return weight if weight.dtype == jnp.bfloat16 and takes_bfloat16(dtype) else weight.astype(dtype)
+
+
+def takes_bfloat16(dtype: str | jnp.dtype) -> bool:
+    """Return whether products of activations in `dtype` take bfloat16 weights as they are, on one device of this kind.
+
+    True where a CPU has kernels for `dtype`: it is float32 then, and activations keep that type.
+    """
+    return cpu_kernels.has_kernels_for(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -54,8 +67,8 @@ einsum_in_float32.defvjp(_einsum_forward, _einsum_backward)
 def multiply_turned(x: Float[Array, "*batch I"], weight: Float[Array, "O I"]) -> Float[Array, "*batch O"]:
     """Return `x @ weight.T` with float32 sums and a float32 result; gradients as in `einsum_in_float32`.
 
-    On CPUs the weight is the product's left factor: XLA would otherwise turn and pack all of it for a few rows, which
-    takes longer than the product.
+    On CPUs up to 128 rows go to a kernel of our own. Where there is none the weight is the product's left factor: XLA
+    would otherwise turn and pack all of it for a few rows, which takes longer than the product.
     """
     if not jax.sharding.get_abstract_mesh().empty:
         return jnp.einsum(_TURNED, x, weight, preferred_element_type=jnp.float32)
@@ -69,7 +82,7 @@ _TURNED = "...i,oi->...o"
 def _multiply_turned_rows(x: Array, weight: Array) -> Array:
     default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
     num_rows = x.size // x.shape[-1]
-    if num_rows in _KERNEL_TURNED_ROWS and _has_kernels_for(x, weight):
+    if num_rows in _KERNEL_ROWS and _has_kernels_for(x, weight):
         on_cpu = _by_kernel(cpu_kernels.multiply_turned_rows)
     else:
         on_cpu = _multiply_from_left if num_rows > 1 else default
@@ -77,7 +90,7 @@ def _multiply_turned_rows(x: Array, weight: Array) -> Array:
 
 
 def _has_kernels_for(x: Array, weight: Array) -> bool:
-    return x.dtype == weight.dtype and cpu_kernels.has_kernels_for(x.dtype)
+    return weight.dtype in (x.dtype, jnp.bfloat16) and cpu_kernels.has_kernels_for(x.dtype)
 
 
 def _by_kernel(kernel: Callable[[Array, Array], Array]) -> Callable[[Array, Array], Array]:
@@ -90,7 +103,9 @@ def _multiply_from_left(x: Array, weight: Array) -> Array:
     if num_rows <= 16:  # kernels of 4, 8 and 16 columns: one of them without a rest is quicker than two
         rows = jnp.pad(rows, ((0, -num_rows % (4 if num_rows <= 8 else 8)), (0, 0)))
     # Without barriers XLA sees that the turned product of turned factors is the product it started from.
-    columns = jnp.matmul(weight, jax.lax.optimization_barrier(rows.T), preferred_element_type=jnp.float32)
+    columns = jnp.matmul(
+        weight.astype(x.dtype), jax.lax.optimization_barrier(rows.T), preferred_element_type=jnp.float32
+    )
     return jax.lax.optimization_barrier(columns)[:, :num_rows].T.reshape(*x.shape[:-1], -1)
 
 
@@ -102,7 +117,7 @@ multiply_turned.defvjp(_turned_forward, partial(_einsum_backward, _TURNED))
 
 
 def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[Array, "*batch O"]:
-    """Return `x @ weight`.
+    """Return `x @ weight` in the type of `x`.
 
     On NVIDIA GPUs a single row is padded to a tile of the matrix unit: XLA would make a reduction over columns of the
     product, which reads the weight at little more than half of the memory's rate (measured on an H100). On CPUs up to
@@ -110,7 +125,7 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
     otherwise share the weight by columns, and each reads short pieces; and a few rows are kept from YNNPACK, which
     packs the whole weight for them: products with a turned left factor are made by Eigen, which does not.
     """
-    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _KERNEL_ROWS else x @ weight
+    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _KERNEL_ROWS else _multiply_by_default(x, weight)
 
 
 @jax.jit
@@ -119,7 +134,11 @@ def _multiply_few_rows(x: Array, weight: Array) -> Array:
     by_platform = {"cuda": _multiply_padded} if is_row else {}
     if jax.sharding.get_abstract_mesh().empty:  # of a weight that devices share each has a part
         by_platform |= {"cpu": _choose_on_cpu(x, weight)}
-    return jax.lax.platform_dependent(x, weight, default=jnp.matmul, **by_platform)
+    return jax.lax.platform_dependent(x, weight, default=_multiply_by_default, **by_platform)
+
+
+def _multiply_by_default(x: Array, weight: Array) -> Array:
+    return x @ weight.astype(x.dtype)
 
 
 def _choose_on_cpu(x: Array, weight: Array) -> Callable[[Array, Array], Array]:

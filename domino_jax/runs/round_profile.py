@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> None:
     if args.output:
         check_output(args.output)
     vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
-    target_config, target_params = load_target(args.target, args.dtype)
-    draft = load_draft(args.draft, args.dtype)
+    target_config, target_params = load_target(args.target, args.dtype, keep_bfloat16=True)
+    draft = load_draft(args.draft, args.draft_weights or args.dtype, keep_bfloat16=True)
     check_draft_fits(draft.config, target_config)
     draft.config.num_draft_tokens(args.block_size)
     decoder = Decoder(
@@ -44,7 +44,7 @@ def run(arguments: list[str]) -> None:
     anatomy.check_contexts(settings, args.contexts)
     rates = anatomy.measure_rates(args.dtype)
     rows = [
-        cost.to_row(rates, settings)
+        cost.to_row(rates, settings, decoder.params.weight_types)
         for context in args.contexts
         for batch in args.batches
         for cost in anatomy.measure_round(settings, decoder.params, batch, context, args.repeats)
@@ -69,6 +69,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     add("--num-candidates", type=int, help="tokens a slot the head corrects, 0: all; else by the vocabulary's size")
     add("--draft-vocabulary", type=Path, help="tokens to draft from; all by default")
     add("--no-head", action="store_true", help="draft from the base logits alone")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of activations, caches, wider weights")
+    add("--draft-weights", choices=("float32", "bfloat16"), help="round the drafter's to it; --dtype by default")
     add("--repeats", type=positive, default=5, help="timed runs of each phase; the median counts")
     return parser.parse_args(arguments)

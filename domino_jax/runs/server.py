@@ -5,7 +5,7 @@ checkpoints' configurations: a server that does not fit is refused before a weig
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,19 @@ from domino_jax.checkpoints.huggingface import (
     CONFIG_FILE,
     check_draft_fits,
     draft_table,
+    find_kept,
     load_draft,
     load_target,
     read_draft_config,
     read_target_config,
     resolve_directory,
+    shape_params,
     target_table,
 )
-from domino_jax.checkpoints.placed_tensors import TensorName
 from domino_jax.checkpoints.safetensors_io import read_json_object
 from domino_jax.config import ConfigError, DraftConfig, SamplingConfig, TargetConfig, require
 from domino_jax.data.chat_template import find_stop_ids, load_tokenizer
-from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vocabulary
+from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vocabulary, prepare_drafting
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.ops import cpu_kernels
 from domino_jax.run_config import MeshConfig, RunConfig
@@ -59,6 +60,9 @@ class ServerOptions:
         model_id: name in the API; None: the target's directory, or the run's where the target lies in one.
         max_slots: sequences that run at once; None: as many of 32 as fit.
         mesh: devices that share the models and the slots; None: one device.
+        dtype: type of activations and caches. Weights come in it, but stay bfloat16 where that is what is stored and
+            what a CPU's kernels take.
+        draft_weights: type that the drafter's weights are rounded to; None: as the target's.
         memory_fraction: part of the device's memory that may be used.
         engine: the rest of the engine's settings.
         api: settings of the API; its `model_id` and `default_sampling` are replaced.
@@ -70,6 +74,7 @@ class ServerOptions:
     model_id: str | None = None
     mesh: MeshConfig | None = None
     dtype: str = "float32"
+    draft_weights: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     max_slots: int | None = None
@@ -172,15 +177,19 @@ def serve(options: ServerOptions) -> int:
     check_sizes(layout, target, draft)
     cpu_kernels.has_kernels_for(options.dtype)  # refuses a wrong switch here, not while programs are compiled
     options, vocabulary = read_vocabulary(options, target, draft)
-    config, plan = size_engine(options, target, draft, layout)
+    kept = find_kept(str(directory), target_table(target), options.dtype, layout)
+    if draft and options.draft_weights is None:
+        kept |= find_kept(str(draft_directory), draft_table(draft), options.dtype, layout)
+    config, plan = size_engine(options, target, draft, layout, kept=kept)
     each = f" on each of {layout.mesh.size} devices" if layout else ""
     print(f"memory ({config.max_slots} slots){each}:", *plan.lines(), sep="\n", flush=True)
 
     def load() -> ModelParams:
-        _, target_params = load_target(str(directory), options.dtype, layout)
-        loaded = load_draft(str(draft_directory), options.dtype, layout) if draft_directory else None
+        _, target_params = load_target(str(directory), options.dtype, layout, keep_bfloat16=True)
+        draft_type = options.draft_weights or options.dtype
+        loaded = load_draft(str(draft_directory), draft_type, layout, keep_bfloat16=True) if draft_directory else None
         params = ModelParams(target_params, loaded.params if loaded else None)
-        return params if vocabulary is None else limit_vocabulary(params, vocabulary, layout)
+        return prepare_drafting(params, vocabulary, options.dtype, layout)
 
     engine = SlotEngine(target, draft, load, config, options.dtype, layout)
     path = directory.resolve()
@@ -221,10 +230,12 @@ def size_engine(
     draft: DraftConfig | None,
     layout: Layout | None = None,
     device_bytes: int | None = None,
+    kept: Collection[str] = (),
 ) -> tuple[EngineConfig, MemoryPlan]:
     """Return the engine's settings with its number of slots, and what it needs.
 
-    `device_bytes` is what a device has; None: what the one at hand has.
+    `device_bytes` is what a device has; None: what the one at hand has. `kept` are the public names of
+    weights that stay bfloat16.
 
     Raises:
         ConfigError: it does not fit the memory; the message says what would.
@@ -234,12 +245,9 @@ def size_engine(
     num_devices = layout.mesh.size if layout else 1
     limit = find_memory_limit(fraction, num_devices) if device_bytes is None else int(device_bytes * fraction)
 
-    def count_bytes(shapes: dict[str, tuple[int, ...]]) -> int:
-        leaves = {path: jax.ShapeDtypeStruct(shape, options.dtype) for path, shape in shapes.items()}
-        return count_device_bytes(layout.abstract(leaves) if layout else leaves)
-
-    target_bytes = count_bytes(_shape_weights(target_table(target)))
-    draft_bytes = count_bytes(_shape_draft(draft, target, options.engine.draft_vocab_size)) if draft else 0
+    shapes = shape_pair(options, target, draft, layout, kept)
+    shapes = layout.abstract(shapes) if layout else shapes
+    target_bytes, draft_bytes = count_device_bytes(shapes.target), count_device_bytes((shapes.draft, shapes.vocabulary))
 
     def plan(config: EngineConfig) -> MemoryPlan:
         settings = DecodeSettings(target=target, draft=draft, dtype=options.dtype)
@@ -273,20 +281,22 @@ def size_engine(
     return config, plan(config)
 
 
-def _shape_weights(table: list[TensorName]) -> dict[str, tuple[int, ...]]:
-    return {"/".join(row.path): row.tree_shape for row in table}
-
-
-def _shape_draft(draft: DraftConfig, target: TargetConfig, num_choices: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a drafter's weights, and of what is cut from the target's where not all may be drafted."""
-    shapes = _shape_weights(draft_table(draft))
-    if num_choices:
-        is_tied = target.tie_word_embeddings
-        names = ["embed_tokens"] * (draft.has_head or is_tied) + ["lm_head"] * (not is_tied)
-        shapes |= {f"vocabulary/{name}": (num_choices, target.hidden_size) for name in names}
-        if draft.has_head:
-            shapes["head/up"] = (draft.emb_dim, num_choices)
-    return shapes
+def shape_pair(
+    options: ServerOptions,
+    target: TargetConfig,
+    draft: DraftConfig | None,
+    layout: Layout | None = None,
+    kept: Collection[str] = (),
+) -> ModelParams:
+    """Return shapes and types of the weights that a server holds; `kept` as for `size_engine`."""
+    whole = ModelParams(
+        shape_params(target_table(target), options.dtype, kept),
+        shape_params(draft_table(draft), options.draft_weights or options.dtype, kept) if draft else None,
+    )
+    token_ids = np.arange(options.engine.draft_vocab_size) if options.engine.draft_vocab_size else None
+    if layout is None:
+        return jax.eval_shape(lambda params: prepare_drafting(params, token_ids, options.dtype), whole)
+    return whole if token_ids is None else jax.eval_shape(lambda params: limit_vocabulary(params, token_ids), whole)
 
 
 def use_compilation_cache(directory: str) -> None:

@@ -8,19 +8,14 @@ weights, no hub; writes nothing.
 from dataclasses import dataclass, replace
 
 import jax
-import jax.numpy as jnp
 
 from domino_jax.checkpoints.huggingface import check_draft_fits, read_draft_config
 from domino_jax.config import ConfigError, DraftConfig, TargetConfig, require
-from domino_jax.decoding.draft_vocabulary import limit_vocabulary
-from domino_jax.decoding.state import ModelParams
 from domino_jax.durable import format_bytes
-from domino_jax.models.domino_head import init_draft_params
-from domino_jax.models.qwen3 import init_target_params
 from domino_jax.run_config import MeshConfig, RunConfig
 from domino_jax.runs.plan import CompiledStep, compile_traced, find_sizes, find_target_sizes, read_refusal
 from domino_jax.runs.plan_page import announce_topology, format_rows, format_traffic
-from domino_jax.runs.server import ServerOptions, read_vocabulary, size_engine
+from domino_jax.runs.server import ServerOptions, read_vocabulary, shape_pair, size_engine
 from domino_jax.runs.topologies import Topology
 from domino_jax.serving.engine_config import find_max_model_len, find_settings, plan_ladders
 from domino_jax.serving.memory_plan import MemoryPlan
@@ -102,16 +97,13 @@ def plan_serving(
     if options.engine.batch_sizes is None:
         sizes = tuple(size for size in _BATCH_SIZES if size <= (options.max_slots or max(_BATCH_SIZES)))
         options = replace(options, engine=replace(options.engine, max_slots=max(sizes, default=1), batch_sizes=sizes))
-    options, vocabulary = read_vocabulary(options, target, draft)
+    options, _ = read_vocabulary(options, target, draft)
     config, memory = size_engine(options, target, draft, layout, topology.kind.default_bytes)
     ladders = plan_ladders(config, target, draft)
     compiled = None
     if is_compiled:
         programs = Programs(find_settings(config, target, draft, options.dtype), ladders, layout)
-        params = _shape_params(target, draft, options.dtype)
-        if vocabulary is not None:
-            params = jax.eval_shape(lambda params: limit_vocabulary(params, vocabulary), params)
-        programs.take_params(params)
+        programs.take_params(shape_pair(options, target, draft, layout))
         full = Shape(ladders.rows[-1], ladders.positions[-1])
         try:
             compiled = compile_traced(lambda: programs.trace_round(full, ladders.block_sizes[0]), layout)
@@ -131,15 +123,6 @@ def plan_serving(
         ladders.block_sizes[0],
         compiled,
     )
-
-
-def _shape_params(target: TargetConfig, draft: DraftConfig | None, dtype: str) -> ModelParams:
-    key = jax.random.key(0)
-    shapes = (
-        jax.eval_shape(lambda: init_target_params(target, key)),
-        jax.eval_shape(lambda: init_draft_params(draft, key)) if draft else None,
-    )
-    return ModelParams(*jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes))
 
 
 def format_plan(plan: ServingPlan) -> list[str]:

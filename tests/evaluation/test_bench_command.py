@@ -115,6 +115,15 @@ def test_without_a_drafter_plain_decoding_is_measured(run, material):
     assert "plain loop, tokens/s" in printed.out and "tau" not in printed.out
 
 
+def test_a_drafter_is_rounded_where_asked(run, material):
+    status, rows, printed = run("--draft-weights", "bfloat16")
+    assert status == 0
+    assert_speculative(rows, printed)
+    settings = read_settings(printed)
+    assert (settings["target_weights"], settings["draft_weights"]) == ("float32", "bfloat16")
+    assert settings["draft_lm_head"] == ("bfloat16" if settings["cpu_kernels"] else "float32")
+
+
 def test_the_three_forms_and_the_settings(run, material):
     status, rows, printed = run()
     assert status == 0
@@ -125,6 +134,9 @@ def test_the_three_forms_and_the_settings(run, material):
         "target": str(material / "target"),
         "draft": str(material / "draft"),
         "dtype": "float32",
+        "target_weights": "float32",
+        "draft_weights": "float32",
+        "draft_lm_head": "float32",
         "cpu_kernels": cpu_kernels.has_kernels_for("float32"),
         "mesh": None,
         "rule": "seed-exact",

@@ -16,17 +16,20 @@ import jax
 import numpy as np
 import pytest
 
-from domino_jax.checkpoints.huggingface import save_draft, save_target
+from domino_jax.checkpoints.huggingface import load_draft, load_target, save_draft, save_target
 from domino_jax.config import ConfigError, SamplingConfig
 from domino_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from domino_jax.decoding.draft_vocabulary import limit_vocabulary, save_draft_vocabulary
 from domino_jax.decoding.state import ModelParams
 from domino_jax.models.domino_head import init_draft_params
 from domino_jax.models.qwen3 import init_target_params
+from domino_jax.ops import cpu_kernels
 from domino_jax.runs import server
 from domino_jax.runs.folder import RunError
 from domino_jax.serving.engine import SlotEngine
 from domino_jax.serving.engine_config import EngineConfig
+from domino_jax.serving.memory_plan import plan_memory
+from domino_jax.sharding import count_device_bytes
 from tests.decoding.tiny_pair import draw_params, make_configs
 from tests.serving.http.conftest import start_servers
 
@@ -124,8 +127,32 @@ def test_weights_of_a_draft_vocabulary_are_counted(tmp_path, is_tied, head):
     options, vocabulary = server.read_vocabulary(options, target, draft)
     params = ModelParams(draw_params(init_target_params, target, 0), draw_params(init_draft_params, draft, 1))
     params = limit_vocabulary(params, vocabulary)
-    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params.draft, params.vocabulary.replace(token_ids=None))))
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((params.draft, params.vocabulary)))
     assert dict(server.size_engine(options, target, draft)[1].parts)["drafter's weights"] == held
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("draft_weights", [None, "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_the_plan_counts_the_weights_that_are_held(tmp_path, run_folder, monkeypatch, stored, draft_weights, dtype):
+    for name, load, save in (("target", load_target, save_target), ("draft", load_draft, save_draft)):
+        loaded = load(str(run_folder / name), "float32")
+        config, params = (loaded.config, loaded.params) if name == "draft" else loaded
+        shutil.copytree(run_folder / name, tmp_path / name)
+        save(tmp_path / name, config, params, dtype=stored)
+    seen = {}
+    monkeypatch.setattr(server, "run_server", lambda *_: 0)
+    monkeypatch.setattr(server, "create_app", lambda *_: None)
+    monkeypatch.setattr(server, "SlotEngine", lambda target, draft, load, *_: seen.update(params=load()))
+    monkeypatch.setattr(server, "plan_memory", lambda *args: seen.update(counted=args[2:4]) or plan_memory(*args))
+    options = server.ServerOptions(str(tmp_path / "target"), str(tmp_path / "draft"), max_slots=1, dtype=dtype)
+    assert server.serve(replace(options, draft_weights=draft_weights)) == 0
+    params = seen["params"]
+    assert seen["counted"] == (count_device_bytes(params.target), count_device_bytes((params.draft, params.vocabulary)))
+    has_kernels = cpu_kernels.has_kernels_for(dtype)
+    is_narrow = dtype == "bfloat16" or (stored == "bfloat16" and has_kernels)
+    assert params.weight_types["target_weights"] == ("bfloat16" if is_narrow else "float32")
+    assert (params.vocabulary is not None) == (has_kernels and stored == "float32" and draft_weights is not None)
 
 
 @pytest.mark.parametrize(
@@ -314,7 +341,6 @@ class ServerProcess:
 
 @pytest.mark.slow
 def test_serve_answers_as_the_decoder_does_and_starts_faster_the_second_time(repository, run_folder, tmp_path):
-    from domino_jax.checkpoints.huggingface import load_draft, load_target
     from domino_jax.decoding.generate import Decoder
 
     arguments = ("--max-slots", "2", "--batch-sizes", "2", "--compilation-cache", str(tmp_path / "xla"))
