@@ -19,7 +19,7 @@ _NUM_PARTS = 4
 """Parts that a CPU cuts the product of a single row into."""
 
 _KERNEL_ROWS = range(1, 129)
-"""Rows that a CPU gives to a kernel of our own, where there is one."""
+"""Rows that a CPU gives to a kernel of our own, where there is one; with bfloat16 weights any number."""
 
 _FEW_ROWS = range(3, 33)
 """Rows that are kept from YNNPACK on a CPU, where there is none."""
@@ -81,12 +81,16 @@ _TURNED = "...i,oi->...o"
 @jax.jit
 def _multiply_turned_rows(x: Array, weight: Array) -> Array:
     default = partial(jnp.einsum, _TURNED, preferred_element_type=jnp.float32)
-    num_rows = x.size // x.shape[-1]
-    if num_rows in _KERNEL_ROWS and _has_kernels_for(x, weight):
+    if _is_for_kernels(x, weight) and _has_kernels_for(x, weight):
         on_cpu = _by_kernel(cpu_kernels.multiply_turned_rows)
     else:
-        on_cpu = _multiply_from_left if num_rows > 1 else default
+        on_cpu = _multiply_from_left if x.size > x.shape[-1] else default
     return jax.lax.platform_dependent(x, weight, cpu=on_cpu, default=default)
+
+
+def _is_for_kernels(x: Array, weight: Array) -> bool:
+    """Return whether kernels, where there are some, are quicker; XLA would have to widen a whole bfloat16 weight."""
+    return x.size // x.shape[-1] in _KERNEL_ROWS or weight.dtype != x.dtype
 
 
 def _has_kernels_for(x: Array, weight: Array) -> bool:
@@ -125,7 +129,7 @@ def multiply(x: Float[Array, "*batch I"], weight: Float[Array, "I O"]) -> Float[
     otherwise share the weight by columns, and each reads short pieces; and a few rows are kept from YNNPACK, which
     packs the whole weight for them: products with a turned left factor are made by Eigen, which does not.
     """
-    return _multiply_few_rows(x, weight) if x.size // x.shape[-1] in _KERNEL_ROWS else _multiply_by_default(x, weight)
+    return _multiply_few_rows(x, weight) if _is_for_kernels(x, weight) else _multiply_by_default(x, weight)
 
 
 @jax.jit
