@@ -22,9 +22,9 @@ Nothing here knows about models, files or devices.
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Int, Shaped, UInt32
 
 Params: TypeAlias = Mapping[str, Any]
 """A pytree of parameter arrays as Flax returns it (nested string-keyed mappings)."""
 
-__all__ = ["Array", "Bool", "Float", "Int", "Params", "Shaped", "UInt32"]
+__all__ = ["Array", "BFloat16", "Bool", "Float", "Int", "Params", "Shaped", "UInt32"]

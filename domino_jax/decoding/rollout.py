@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from domino_jax.decoding.state import DecodeSettings, DecodeState, ModelParams
 from domino_jax.models.domino_head import DominoHead, update_state
 from domino_jax.models.qwen3 import embed_tokens
-from domino_jax.ops.products import cast_weight, einsum_in_float32
+from domino_jax.ops.products import cast_weight, einsum_in_float32, take_columns
 from domino_jax.ops.ranking import first_argmax
 from domino_jax.ops.sampling import SamplingParams, add_noise, gumbel_noise, row_probabilities, scale_and_filter
 from domino_jax.ops.vocabulary import choose, choose_and_look_up, choose_top, look_up
@@ -187,12 +187,14 @@ def _roll_out_head(
         row_noise = None if slot["noise"] is None else slot["noise"][:, None]
         log_weights, values = _weigh_drafts(settings, sampling, logits[:, None], row_noise)
         if candidates is None:
-            tokens, embeddings = choose_and_look_up(values[:, 0], embedding)
+            tokens, embeddings = choose_and_look_up(values[:, 0], embedding, dtype)
             places, input_gates = tokens, read(embeddings)
         else:
             places = first_argmax(values[:, 0])
             tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
-            input_gates = _gates_of_choice(slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids)))
+            input_gates = _gates_of_choice(
+                slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids, dtype))
+            )
         confidence = _find_confidence(settings, log_weights, places[:, None])
         law = log_weights if settings.rule == "rejection" else None
         return (state, state_gates, input_gates), (tokens, *jax.tree.map(lambda x: x[:, 0], (law, confidence)))
@@ -202,8 +204,10 @@ def _roll_out_head(
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None if candidates is None else cast_weight(variables["params"]["up"], dtype).T[candidates].astype(dtype),
-        "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids))),
+        "up": None
+        if candidates is None
+        else take_columns(cast_weight(variables["params"]["up"], dtype), candidates, dtype),
+        "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids, dtype))),
     }
     slots = _swap_rows_and_slots(slots)
     slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= settings.draft.pure_draft_prefix_len

@@ -47,7 +47,7 @@ def embed_tokens(
 ) -> Float[Array, "*batch D"]:
     """Return token embeddings in `dtype`; shared by the target and by every drafter that borrows its embedding."""
     table = gather_parameter(cast_weight(embedding, dtype), "embed_tokens")
-    return constrain(look_up(table, token_ids).astype(dtype), "states")
+    return constrain(look_up(table, token_ids, dtype), "states")
 
 
 class Qwen3(nn.Module):

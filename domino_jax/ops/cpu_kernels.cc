@@ -50,6 +50,7 @@ constexpr int64_t kSharesPerThread = 4;   // of products of many rows: a thread 
 constexpr int64_t kMaxSums = 1 << 22;     // sums in all parts
 constexpr int64_t kTurnedPart = 1 << 16;  // numbers of a part of a turned weight
 constexpr int64_t kShared = 1 << 14;      // numbers of a weight that are worth a second thread
+constexpr int64_t kTakenColumns = 64;     // columns of a table that are taken at a time
 constexpr int64_t kChunk = 256;           // positions that are attended to at a time
 constexpr float kSmallest = -126.0f;      // exponents below it are taken for 0
 
@@ -504,13 +505,11 @@ void dot_few(const float* x, const Number* weight, int64_t num_in, const Number*
     add(x + i, weight + i, num_in);
   }
 #pragma GCC unroll 8
-  for (int n = 0; n < N; ++n)
-#pragma GCC unroll 2
-    for (int r = 0; r < R; r += 4) {
-      auto row = [&](int i) { return r + i < R ? sums[r + i][n] : Lanes{}; };
-      const Four four = sum_up(row(0), row(1), row(2), row(3));
-      for (int i = 0; i < std::min(4, R - r); ++i) out[(r + i) * num_out + n] = four[i];
-    }
+  for (int first = 0; first < R * N; first += 4) {
+    auto get = [&](int i) { return first + i < R * N ? sums[(first + i) / N][(first + i) % N] : Lanes{}; };
+    const Four four = sum_up(get(0), get(1), get(2), get(3));
+    for (int i = first; i < std::min(first + 4, R * N); ++i) out[i / N * num_out + i % N] = four[i - first];
+  }
 }
 
 template <typename Number>
@@ -565,6 +564,37 @@ ffi::Error multiply_turned_rows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, f
     const auto run = num_rows <= kMaxDotRows ? multiply_turned_few<BFloat16> : multiply_turned<BFloat16>;
     run(pool, x.typed_data(), num_rows, num_in, numbers, num_out, out->typed_data());
   }
+  return ffi::Error::Success();
+}
+
+// Rows of a table, widened; ids outside of it are those of its ends.
+ffi::Error take_rows(ffi::Buffer<ffi::BF16> table, ffi::Buffer<ffi::S32> ids, ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t num_rows = table.dimensions()[0], width = table.dimensions()[1];
+  if (num_rows == 0) return ffi::Error::InvalidArgument("the table [rows, width] has no rows");
+  const auto* const numbers = static_cast<const BFloat16*>(table.untyped_data());
+  const int64_t num_ids = ids.element_count();
+  for (int64_t i = 0; i < num_ids; ++i) {
+    const int64_t row = std::clamp<int64_t>(ids.typed_data()[i], 0, num_rows - 1);
+    widen(numbers + row * width, width, out->typed_data() + i * width);
+  }
+  return ffi::Error::Success();
+}
+
+// Columns of a table, widened, as rows; ids as above.
+ffi::Error take_columns(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> table, ffi::Buffer<ffi::S32> ids,
+                        ffi::ResultBuffer<ffi::F32> out) {
+  const int64_t height = table.dimensions()[0], num_columns = table.dimensions()[1], num_ids = ids.element_count();
+  if (num_columns == 0) return ffi::Error::InvalidArgument("the table [height, columns] has no columns");
+  const auto* const numbers = static_cast<const BFloat16*>(table.untyped_data());
+  const int64_t num_parts = (num_ids + kTakenColumns - 1) / kTakenColumns;
+  run_parts(pool, num_parts, height * num_ids >= kShared, [&](int64_t part) {
+    const int64_t last = std::min(num_ids, (part + 1) * kTakenColumns);
+    for (int64_t h = 0; h < height; ++h)
+      for (int64_t i = part * kTakenColumns; i < last; ++i) {
+        const int64_t column = std::clamp<int64_t>(ids.typed_data()[i], 0, num_columns - 1);
+        widen(numbers + h * num_columns + column, 1, out->typed_data() + i * height + h);
+      }
+  });
   return ffi::Error::Success();
 }
 
@@ -708,6 +738,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(MultiplyTurnedRows, multiply_turned_rows,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TakeRows, take_rows,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(TakeColumns, take_columns,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::BF16>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(AttendCached, attend_cached,

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import jaxlib
 
 from domino_jax.config import ConfigError
-from domino_jax.shapes import Array, Float, Int
+from domino_jax.shapes import Array, BFloat16, Float, Int
 
 _SOURCE = Path(__file__).with_suffix(".cc")
 _SWITCH = "DOMINO_JAX_KERNELS"
@@ -74,6 +74,18 @@ _derive(multiply_rows, jnp.matmul)
 _derive(multiply_turned_rows, lambda x, weight: x @ weight.T)
 
 
+def take_rows(table: BFloat16[Array, "V D"], ids: Int[Array, "*at"]) -> Float[Array, "*at D"]:
+    """Return float32 rows of a table; an id outside takes the row at that end. For a CPU that has kernels."""
+    rows = _call("TakeRows", (ids.size, table.shape[1]), table, ids.reshape(-1).astype(jnp.int32))
+    return rows.reshape(*ids.shape, table.shape[1])
+
+
+def take_columns(table: BFloat16[Array, "E V"], ids: Int[Array, "*at"]) -> Float[Array, "*at E"]:
+    """Return `take_rows` of the turned table, which is not turned for it."""
+    columns = _call("TakeColumns", (ids.size, table.shape[0]), table, ids.reshape(-1).astype(jnp.int32))
+    return columns.reshape(*ids.shape, table.shape[0])
+
+
 def attend_cached(
     queries: Float[Array, "B T N H"],
     keys: Float[Array, "B K H S"],
@@ -118,7 +130,7 @@ def _register_once() -> str | None:
         )
         return None
     name = f"domino_jax.{key}"
-    for kernel in ("MultiplyRows", "MultiplyTurnedRows", "AttendCached"):
+    for kernel in ("MultiplyRows", "MultiplyTurnedRows", "TakeRows", "TakeColumns", "AttendCached"):
         jax.ffi.register_ffi_target(f"{name}.{kernel}", jax.ffi.pycapsule(getattr(library, kernel)), platform="cpu")
     return name
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from domino_jax.ops import cpu_kernels
-from domino_jax.shapes import Array, Float
+from domino_jax.shapes import Array, Float, Int
 
 _PADDED_ROWS = 16
 """Rows of the smallest tile of a matrix unit."""
@@ -31,6 +31,19 @@ def cast_weight(weight: Float[Array, "..."], dtype: jnp.dtype) -> Float[Array, "
     Kernels of a CPU widen the numbers of a bfloat16 weight as they read them: half the bytes, the same products.
     """
     return weight if weight.dtype == jnp.bfloat16 and takes_bfloat16(dtype) else weight.astype(dtype)
+
+
+def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*at"], dtype: jnp.dtype) -> Float[Array, "*at D"]:
+    """Return rows, in `dtype`, of a table as `cast_weight` returns it.
+
+    XLA's CPU backend would widen a whole bfloat16 table to take some rows of it.
+    """
+    return table[ids] if table.dtype == dtype else cpu_kernels.take_rows(table, ids)
+
+
+def take_columns(table: Float[Array, "E V"], ids: Int[Array, "*at"], dtype: jnp.dtype) -> Float[Array, "*at E"]:
+    """Return `take_rows` of the turned table."""
+    return table.T[ids] if table.dtype == dtype else cpu_kernels.take_columns(table, ids)
 
 
 def takes_bfloat16(dtype: str | jnp.dtype) -> bool:

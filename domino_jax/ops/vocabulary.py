@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from domino_jax.ops.products import take_rows
 from domino_jax.ops.ranking import first_argmax, top_indices
 from domino_jax.shapes import Array, Float, Int
 from domino_jax.sharding import DATA, MODEL, count_shards, split_axes
 
 
-def look_up(embedding: Float[Array, "V D"], token_ids: Int[Array, "*at"]) -> Float[Array, "*at D"]:
-    """Return the embeddings of tokens."""
+def look_up(embedding: Float[Array, "V D"], token_ids: Int[Array, "*at"], dtype: jnp.dtype) -> Float[Array, "*at D"]:
+    """Return the embeddings of tokens in `dtype`, from a table as `cast_weight` returns it."""
     if count_shards("vocab", embedding.shape[0]) == 1:
-        return embedding[token_ids]
+        return take_rows(embedding, token_ids, dtype)
 
     def add_own(part: Array, token_ids: Array) -> Array:
         at = token_ids - jax.lax.axis_index(MODEL) * part.shape[0]
@@ -65,13 +66,13 @@ def choose_top(values: Float[Array, "*at V"], num: int) -> Int[Array, "*at M"]:
 
 
 def choose_and_look_up(
-    values: Float[Array, "*at V"], embedding: Float[Array, "V D"]
+    values: Float[Array, "*at V"], embedding: Float[Array, "V D"], dtype: jnp.dtype
 ) -> tuple[Int[Array, "*at"], Float[Array, "*at D"]]:
-    """Return `choose` of the values and the embeddings of the chosen tokens: both in the same collective."""
+    """Return `choose` of the values and `look_up` of the chosen tokens: both in the same collective."""
     if count_shards("vocab", values.shape[-1]) == 1:
         token_ids = choose(values)
-        return token_ids, embedding[token_ids]
-    width, dtype = embedding.shape[1], embedding.dtype
+        return token_ids, take_rows(embedding, token_ids, dtype)
+    width = embedding.shape[1]
     # Rows of 16-bit numbers travel as pairs; of an odd width they are filled up.
     per_word = 4 // dtype.itemsize
 

@@ -90,6 +90,16 @@ def test_odd_bfloat16_numbers_keep_their_value():
         )
 
 
+def test_rows_and_columns_of_a_table():
+    table, ids = jnp.asarray(draw(40, 70), jnp.bfloat16), jnp.asarray([[0, 39, 5], [7, -3, 80]])
+    wide = np.asarray(table.astype(jnp.float32))
+    np.testing.assert_array_equal(cpu_kernels.take_rows(table, ids), wide[np.clip(ids, 0, 39)])
+    many = jnp.arange(200).reshape(2, 100) % 75
+    np.testing.assert_array_equal(jax.jit(cpu_kernels.take_columns)(table, many), wide.T[np.clip(many, 0, 69)])
+    with pytest.raises(Exception, match="has no rows"):
+        cpu_kernels.take_rows(table[:0], ids).block_until_ready()
+
+
 @pytest.mark.parametrize(("kernel", "is_turned"), KERNELS)
 def test_other_types_and_shapes_are_refused(kernel, is_turned):
     with pytest.raises(Exception, match="neither float32 nor bfloat16"):
