@@ -104,13 +104,13 @@ def prepare_drafting(
     params = params if token_ids is None else limit_vocabulary(params, token_ids, layout)
     if params.draft is None or layout is not None or not takes_bfloat16(dtype):
         return params
-    dtype = params.draft["backbone"]["fc"].dtype
     vocabulary = params.vocabulary or DraftVocabulary(None, **_read_tables(params))
     tables = {name: getattr(vocabulary, name) for name in _TABLES}
-    wide = {name: table for name, table in tables.items() if table is not None and table.dtype != dtype}
-    if dtype != jnp.bfloat16 or not wide:
+    wide = {name: table for name, table in tables.items() if table is not None and table.dtype != jnp.bfloat16}
+    if params.draft["backbone"]["fc"].dtype != jnp.bfloat16 or not wide:
         return params
-    return params.replace(vocabulary=vocabulary.replace(**{name: table.astype(dtype) for name, table in wide.items()}))
+    narrow = {name: table.astype(jnp.bfloat16) for name, table in wide.items()}
+    return params.replace(vocabulary=vocabulary.replace(**narrow))
 
 
 def _read_tables(params: ModelParams) -> dict[str, Array]:
