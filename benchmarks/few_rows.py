@@ -29,6 +29,7 @@ from domino_jax.decoding.state import ModelParams
 from domino_jax.evaluation import anatomy
 from domino_jax.ops import cpu_kernels
 from domino_jax.runs import options
+from domino_jax.runs.draft_files import find_draft_vocabulary
 from domino_jax.shapes import Params
 
 MANNERS = ("XLA", "kernels", "bfloat16-draft", "bfloat16")
@@ -47,6 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--manners", choices=MANNERS, nargs="+", default=MANNERS[:2], help="all are compared to the first"
     )
+    parser.add_argument("--draft-vocabulary", type=Path, help="tokens to draft from in all manners")
     parser.add_argument("--repeats", type=options.positive, default=7)
     parser.add_argument("--output", type=Path, required=True, help="folder; rows are added to what is there")
     return parser.parse_args(arguments)
@@ -101,12 +103,13 @@ def make_decoders(args: argparse.Namespace) -> dict[str, Decoder]:
     """Return the pair as every manner holds it."""
     target, target_params = load_target(args.target, "float32")
     draft = load_draft(args.draft, "float32")
+    vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
     rounded = round_weights(draft.params)
     decoders = {}
     for manner in args.manners:
         target_held = round_weights(target_params) if manner == "bfloat16" else target_params
         draft_held = rounded if manner.startswith("bfloat16") else draft.params
-        decoders[manner] = Decoder(target, target_held, draft.config, draft_held)
+        decoders[manner] = Decoder(target, target_held, draft.config, draft_held, draft_vocabulary=vocabulary)
     return decoders
 
 
@@ -122,6 +125,7 @@ def measure_block(decoders: dict[str, Decoder], block: int, args: argparse.Names
             for manner in decoders:
                 seconds[manner].setdefault(name, []).append(timers[manner][name]())
     about = {"target": args.target, "block_size": block, "batch": args.batch, "context": args.context}
+    about |= {"draft_vocab_size": next(iter(decoders.values())).settings.draft_vocab_size}
     about |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
     return [
         about | {"manner": manner} | {f"{name}_s": s[1:] for name, s in seconds[manner].items()} for manner in decoders
