@@ -25,7 +25,7 @@ from domino_jax.evaluation.metrics import summarise
 from domino_jax.evaluation.prompts import PROMPT_SETS, PromptError, load_prompts
 from domino_jax.evaluation.row_file import OutputError, check_output, write_rows
 from domino_jax.runs import options, round_profile
-from domino_jax.runs.draft_files import find_calibration, find_draft_vocabulary
+from domino_jax.runs.draft_files import find_calibration, find_draft_vocabulary, require_draft
 from domino_jax.runs.prompt_tokens import open_text
 from domino_jax.sharding import find_layout
 
@@ -70,6 +70,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
 def _run(args: argparse.Namespace) -> None:
     if args.output:
         check_output(args.output)
+    require_draft(args.draft_weights, args.draft)
     survival = find_calibration(args.calibration, args.verify_widths, args.draft)
     vocabulary = find_draft_vocabulary(args.draft_vocabulary, args.target, args.draft)
     prompts = load_prompts(args.prompts, args.limit)

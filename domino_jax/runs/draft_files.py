@@ -28,6 +28,18 @@ def find_calibration(path: Path | None, widths: Sequence[int], draft: str | None
     return load_calibration(path or Path(resolve_directory(draft)) / FILE_NAME)
 
 
+def require_draft(draft_weights: str | None, draft: str | None) -> None:
+    """Refuse a type for the weights of a drafter that is not there.
+
+    Raises:
+        ConfigError: there is a type and no drafter.
+    """
+    if draft_weights and draft is None:
+        raise ConfigError(
+            f"--draft-weights {draft_weights} is given but no drafter; name one with --draft or leave it out"
+        )
+
+
 def find_draft_vocabulary(path: Path | None, target: str, draft: str | None) -> Int[np.ndarray, " U"] | None:
     """Return the tokens to draft from; None, all of the target's, where no file is named. Reads no weights.
 

@@ -34,6 +34,7 @@ from domino_jax.decoding.draft_vocabulary import limit_vocabulary, load_draft_vo
 from domino_jax.decoding.state import DecodeSettings, ModelParams
 from domino_jax.ops import cpu_kernels
 from domino_jax.run_config import MeshConfig, RunConfig
+from domino_jax.runs.draft_files import require_draft
 from domino_jax.runs.folder import RunError, RunFolder
 from domino_jax.runs.target_model import find_target
 from domino_jax.serving.engine import SlotEngine
@@ -165,6 +166,7 @@ def serve(options: ServerOptions) -> int:
         ConfigError: the options do not fit each other or the machine.
         CheckpointError, ChatTemplateError, TextCodecError: a model or its tokenizer cannot be used.
     """
+    require_draft(options.draft_weights, options.draft)
     directory = resolve_directory(options.target)
     target, _ = read_target_config(str(directory))
     draft, draft_directory = None, None

@@ -124,6 +124,12 @@ def test_a_drafter_is_rounded_where_asked(run, material):
     assert settings["draft_lm_head"] == ("bfloat16" if settings["cpu_kernels"] else "float32")
 
 
+def test_a_drafter_that_is_not_there_is_not_rounded(run, material):
+    status, rows, printed = run("--draft-weights", "bfloat16", draft=False)
+    assert status == 2 and rows is None
+    assert "--draft-weights bfloat16 is given but no drafter" in printed.err
+
+
 def test_the_three_forms_and_the_settings(run, material):
     status, rows, printed = run()
     assert status == 0

@@ -177,6 +177,7 @@ def test_the_plan_counts_the_weights_that_are_held(tmp_path, run_folder, monkeyp
             "no draft vocabulary at none.json",
         ),
         (["--target", "TARGET", "--draft-vocabulary", "VOCABULARY"], "is given but no drafter"),
+        (["--target", "TARGET", "--draft-weights", "bfloat16"], "--draft-weights bfloat16 is given but no drafter"),
     ],
 )
 def test_mistakes_on_the_command_line_are_one_sentence(
