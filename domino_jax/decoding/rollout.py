@@ -174,7 +174,9 @@ def _roll_out_head(
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
     embedding = params.target["embed_tokens"] if params.vocabulary is None else params.vocabulary.embed_tokens
     embedding = gather_parameter(cast_weight(embedding, dtype), "embed_tokens")
+    up = cast_weight(variables["params"]["up"], dtype)
     read = partial(head.apply, variables, method=DominoHead.input_gates)
+    find = partial(look_up, embedding, dtype=dtype)
 
     def step(carry: tuple, slot: dict) -> tuple[tuple, tuple]:
         state, state_gates, input_gates = carry
@@ -192,9 +194,7 @@ def _roll_out_head(
         else:
             places = first_argmax(values[:, 0])
             tokens = jnp.take_along_axis(slot["candidates"], places[:, None], axis=-1)[:, 0]
-            input_gates = _gates_of_choice(
-                slot["gates"], tokens, places, lambda ids: read(look_up(embedding, ids, dtype))
-            )
+            input_gates = _gates_of_choice(slot["gates"], tokens, places, lambda ids: read(find(ids)))
         confidence = _find_confidence(settings, log_weights, places[:, None])
         law = log_weights if settings.rule == "rejection" else None
         return (state, state_gates, input_gates), (tokens, *jax.tree.map(lambda x: x[:, 0], (law, confidence)))
@@ -204,10 +204,8 @@ def _roll_out_head(
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None
-        if candidates is None
-        else take_columns(cast_weight(variables["params"]["up"], dtype), candidates, dtype),
-        "gates": _gates_of_candidates(candidates, lambda ids: read(look_up(embedding, ids, dtype))),
+        "up": None if candidates is None else take_columns(up, candidates, dtype),
+        "gates": _gates_of_candidates(candidates, lambda ids: read(find(ids))),
     }
     slots = _swap_rows_and_slots(slots)
     slots["is_corrected"] = jnp.arange(base_logits.shape[1]) >= settings.draft.pure_draft_prefix_len
