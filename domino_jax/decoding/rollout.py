@@ -174,7 +174,6 @@ def _roll_out_head(
     variables = {"params": constrain_tree({"head": params.draft["head"]})["head"]}
     embedding = params.target["embed_tokens"] if params.vocabulary is None else params.vocabulary.embed_tokens
     embedding = gather_parameter(cast_weight(embedding, dtype), "embed_tokens")
-    up = cast_weight(variables["params"]["up"], dtype)
     read = partial(head.apply, variables, method=DominoHead.input_gates)
     find = partial(look_up, embedding, dtype=dtype)
 
@@ -204,7 +203,7 @@ def _roll_out_head(
         "candidates": candidates,
         "noise": noise,
         "projected": head.apply(variables, hidden, method=DominoHead.project_hidden),
-        "up": None if candidates is None else take_columns(up, candidates, dtype),
+        "up": None if candidates is None else take_columns(variables["params"]["up"], candidates, dtype),
         "gates": _gates_of_candidates(candidates, lambda ids: read(find(ids))),
     }
     slots = _swap_rows_and_slots(slots)

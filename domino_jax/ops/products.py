@@ -42,7 +42,8 @@ def take_rows(table: Float[Array, "V D"], ids: Int[Array, "*at"], dtype: jnp.dty
 
 
 def take_columns(table: Float[Array, "E V"], ids: Int[Array, "*at"], dtype: jnp.dtype) -> Float[Array, "*at E"]:
-    """Return `take_rows` of the turned table."""
+    """Return columns, in `dtype`, of a table in any type."""
+    table = cast_weight(table, dtype)
     return table.T[ids] if table.dtype == dtype else cpu_kernels.take_columns(table, ids)
 
 
