@@ -38,10 +38,11 @@ def pair(request, tmp_path_factory):
     return root
 
 
-def load(pair, target_type, draft_type, keep=True, rounded=None, vocabulary=None):
+def load(pair, target_type, draft_type, keep=True, rounded=None, vocabulary=None, num_candidates=0):
     target, target_params = load_target(str(pair / f"target-{target_type}"), "float32", keep_bfloat16=keep)
     draft = load_draft(str(pair / f"draft-{draft_type}"), rounded or "float32", keep_bfloat16=keep)
-    return Decoder(target, target_params, draft.config, draft.params, draft_vocabulary=vocabulary)
+    models = target, target_params, draft.config, draft.params
+    return Decoder(*models, num_candidates=num_candidates, draft_vocabulary=vocabulary)
 
 
 def types_of(tree, is_matrix):
@@ -72,9 +73,10 @@ def test_nothing_is_kept_where_it_would_not_be_used(pair, hindrance, monkeypatch
     assert find_kept(path, target_table(config), dtype, layout) == set()
 
 
+@pytest.mark.parametrize("num_candidates", [0, 3])
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_text_and_acceptance_are_those_of_the_same_weights_in_float32(pair, sampling):
-    kept, wide = (load(pair, "bfloat16", "bfloat16", keep) for keep in (True, False))
+def test_text_and_acceptance_are_those_of_the_same_weights_in_float32(pair, sampling, num_candidates):
+    kept, wide = (load(pair, "bfloat16", "bfloat16", keep, num_candidates=num_candidates) for keep in (True, False))
     for block_size in (1, None):
         own, other = (d.generate(PROMPTS, BUDGET, SAMPLINGS[sampling], block_size=block_size) for d in (kept, wide))
         assert_same_text(own, other)
