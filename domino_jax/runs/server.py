@@ -180,15 +180,15 @@ def serve(options: ServerOptions) -> int:
     cpu_kernels.has_kernels_for(options.dtype)  # refuses a wrong switch here, not while programs are compiled
     options, vocabulary = read_vocabulary(options, target, draft)
     kept = find_kept(str(directory), target_table(target), options.dtype, layout)
-    if draft and options.draft_weights is None:
-        kept |= find_kept(str(draft_directory), draft_table(draft), options.dtype, layout)
+    draft_type = options.draft_weights or options.dtype
+    if draft:
+        kept |= find_kept(str(draft_directory), draft_table(draft), draft_type, layout)
     config, plan = size_engine(options, target, draft, layout, kept=kept)
     each = f" on each of {layout.mesh.size} devices" if layout else ""
     print(f"memory ({config.max_slots} slots){each}:", *plan.lines(), sep="\n", flush=True)
 
     def load() -> ModelParams:
         _, target_params = load_target(str(directory), options.dtype, layout, keep_bfloat16=True)
-        draft_type = options.draft_weights or options.dtype
         loaded = load_draft(str(draft_directory), draft_type, layout, keep_bfloat16=True) if draft_directory else None
         params = ModelParams(target_params, loaded.params if loaded else None)
         return prepare_drafting(params, vocabulary, options.dtype, layout)

@@ -132,7 +132,7 @@ def test_weights_of_a_draft_vocabulary_are_counted(tmp_path, is_tied, head):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("draft_weights", [None, "bfloat16"])
+@pytest.mark.parametrize("draft_weights", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_the_plan_counts_the_weights_that_are_held(tmp_path, run_folder, monkeypatch, stored, draft_weights, dtype):
     for name, load, save in (("target", load_target, save_target), ("draft", load_draft, save_draft)):
@@ -152,7 +152,7 @@ def test_the_plan_counts_the_weights_that_are_held(tmp_path, run_folder, monkeyp
     has_kernels = cpu_kernels.has_kernels_for(dtype)
     is_narrow = dtype == "bfloat16" or (stored == "bfloat16" and has_kernels)
     assert params.weight_types["target_weights"] == ("bfloat16" if is_narrow else "float32")
-    assert (params.vocabulary is not None) == (has_kernels and stored == "float32" and draft_weights is not None)
+    assert (params.vocabulary is not None) == (has_kernels and stored == "float32" and draft_weights == "bfloat16")
 
 
 @pytest.mark.parametrize(
